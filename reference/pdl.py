@@ -79,6 +79,7 @@ def reference_cross_entropy(
         D = D_z = torch.as_tensor(normalizer, dtype=torch.float64)
 
     rows = _divide(target_term + smoothing_term, D) + _divide(z_term, D_z)  # (N,)
+    rows = rows + raw[:0].double().sum()  # nothing to average: 0, yet attached to the graph
     loss = rows.reshape(targets.shape) if reduction == "none" else rows.sum()
     return loss, _statistics(raw, y, counted, w_y, u, logit_scale, softcap)
 

@@ -1,0 +1,17 @@
+"""Power-Law Decay Loss: a token-frequency-weighted cross entropy for language models, fused in Triton."""
+
+import torch
+
+from pdl_kernels.backends import MINIMUM_TORCH, dotted, version_tuple
+
+__version__ = "0.1.0"
+
+if version_tuple(torch.__version__) < MINIMUM_TORCH:
+    raise ImportError(f"pdl_kernels needs torch >= {dotted(MINIMUM_TORCH)}, and torch {torch.__version__} is installed")
+
+from pdl_kernels.functional import pdl_cross_entropy
+from pdl_kernels.modules import PDLCrossEntropyLoss
+from pdl_kernels.options import LossStats
+from pdl_kernels.weighting import power_law_weights
+
+__all__ = ["LossStats", "PDLCrossEntropyLoss", "pdl_cross_entropy", "power_law_weights"]

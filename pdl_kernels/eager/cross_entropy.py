@@ -1,0 +1,345 @@
+"""The loss on logits in plain torch.
+
+Rows are processed in pieces whose softmax fits in cache, so that nothing of size (N, V) in float32 is ever held. On CPU
+rows that contribute nothing are left out; on other devices, where finding them would wait for the device, they are
+replaced by zeros before any arithmetic.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdl_kernels.options import (
+    ACCURACY,
+    INVERSE_DENOMINATOR,
+    INVERSE_Z_DENOMINATOR,
+    NLL,
+    WEIGHT_SUM,
+    WEIGHT_TOTAL,
+    LossInputs,
+    LossOptions,
+    LossOutputs,
+)
+
+# One piece's softmax. On CPU a few megabytes beat both single rows and whole tensors; elsewhere it only bounds memory.
+CPU_PIECE_BYTES = 1 << 22
+DEVICE_PIECE_BYTES = 1 << 26
+
+
+class _Rows(NamedTuple):
+    """Per-token quantities, (N,) each."""
+
+    targets: Tensor  # class indices, 0 where the target is no class
+    is_class: Tensor  # bool
+    weights: Tensor  # w(y_i)
+    token_weights: Tensor  # u_i, 0 where not counted
+    counted: Tensor  # bool
+
+
+class _Factors(NamedTuple):
+    """What each row's three terms are multiplied by, denominators and upstream gradient included, (N,) each."""
+
+    target: Tensor
+    smoothing: Tensor
+    z: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        """Whether anything of the row enters the loss; a nan factor does."""
+        return (self.target != 0) | (self.smoothing != 0) | (self.z != 0)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of the logits; `index` selects them from tensors of N rows."""
+
+    index: slice | Tensor
+    logits: Tensor  # (R, V)
+
+
+@torch.no_grad()
+def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
+    """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
+    rows = _rows(inputs, options)
+    scalars, token_count = _denominators(inputs, options, rows)
+    factors = _factors(inputs, options, rows, scalars, upstream=None)
+    row_loss, row_nll, row_hits = (scalars.new_zeros(inputs.rows) for _ in range(3))
+    row_state = scalars.new_zeros(2, inputs.rows)
+
+    active = factors.active
+    read = active | rows.counted if options.return_stats else active
+    if gradient is not None:
+        _zero_rows(gradient, read, inputs)
+    buffer = _piece_buffer(inputs, scalars.dtype)
+    for piece in _pieces(inputs, read):
+        z = _transformed(piece.logits, options, scalars.dtype)
+        p = torch.softmax(z, dim=-1, dtype=scalars.dtype, out=buffer[: z.shape[0]])  # (R, V)
+        y = rows.targets[piece.index, None]  # (R, 1)
+        row_max = piece.logits.amax(-1)
+        z_max = _transformed(row_max, options, scalars.dtype).to(scalars.dtype)
+        log_sum = -p.amax(-1).log()  # the largest probability is 1 / sum
+        x_y = piece.logits.gather(1, y)[:, 0]
+        # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
+        cross_entropy = (z_max - _transformed(x_y, options, scalars.dtype)) + log_sum
+        lse = z_max + log_sum
+
+        loss = _product(factors.target[piece.index], cross_entropy)
+        if options.label_smoothing > 0:
+            loss += _product(factors.smoothing[piece.index], _smoothing_sum(inputs.weights, z, z_max, log_sum))
+        if options.z_loss > 0:
+            loss += _product(factors.z[piece.index], lse * lse)
+        row_loss[piece.index] = loss
+        row_state[0, piece.index] = row_max.to(scalars.dtype)
+        row_state[1, piece.index] = log_sum.exp()
+        if options.return_stats:
+            counted = rows.counted[piece.index]
+            row_nll[piece.index] = torch.where(counted, cross_entropy, 0)
+            row_hits[piece.index] = (counted & (x_y >= row_max)).to(scalars.dtype)
+        if gradient is not None:
+            piece_factors = _Factors(*(f[piece.index] for f in factors))
+            _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, z, lse)
+
+    if options.return_stats:
+        nan = torch.where(rows.counted & ~rows.is_class, torch.nan, 0.0)  # their targets name no logit
+        counted_tokens = token_count.clamp(min=1)
+        scalars[NLL] = (row_nll + nan).sum() / counted_tokens
+        scalars[ACCURACY] = row_hits.sum() / counted_tokens
+    loss = row_loss if options.reduction == "none" else row_loss.sum()
+    return LossOutputs(loss, row_state, scalars, token_count)
+
+
+@torch.no_grad()
+def backward(
+    inputs: LossInputs, options: LossOptions, row_state: Tensor, scalars: Tensor, upstream: Tensor, gradient: Tensor
+) -> None:
+    """Write the gradient for `upstream`, (N,) with any stride or 0-d, to `gradient`."""
+    rows = _rows(inputs, options)
+    factors = _factors(inputs, options, rows, scalars, upstream)
+    active = factors.active
+    _zero_rows(gradient, active, inputs)
+    buffer = _piece_buffer(inputs, scalars.dtype)
+    for piece in _pieces(inputs, active):
+        z = _transformed(piece.logits, options, scalars.dtype)
+        p = torch.softmax(z, dim=-1, dtype=scalars.dtype, out=buffer[: z.shape[0]])
+        z_max = _transformed(row_state[0, piece.index], options, scalars.dtype)
+        lse = z_max + row_state[1, piece.index].log()
+        piece_factors = _Factors(*(f[piece.index] for f in factors))
+        _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, z, lse)
+
+
+@torch.no_grad()
+def adjust(
+    inputs: LossInputs | None,
+    options: LossOptions,
+    row_state: Tensor | None,
+    scalars: Tensor | None,
+    upstream: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Make `gradient`, formed for an upstream gradient of 1, right for the 0-d `upstream`.
+
+    From the logits while they are still there: one rounding, and fp16 gradients that need loss scaling do not
+    underflow before they are scaled. Otherwise by multiplying.
+    """
+    if upstream.device.type == "cpu" and upstream.item() == 1:  # reading it waits for nothing on a CPU
+        return
+    if inputs is not None and row_state is not None and scalars is not None:
+        backward(inputs, options, row_state, scalars, upstream, gradient)
+        return
+    for block in gradient.unbind(0):  # (rows_inner, V) each: no temporary of the gradient's size
+        # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
+        block.copy_(torch.where(block == 0, 0, block * upstream))
+
+
+def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:
+    dtype = torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32
+    y = inputs.targets
+    is_class = (y >= 0) & (y < inputs.vocab_size)
+    counted = y != options.ignore_index
+    if inputs.token_weights is None:
+        token_weights = counted.to(dtype)
+    else:
+        u = inputs.token_weights.to(dtype)
+        counted &= u != 0
+        token_weights = torch.where(counted, u, 0)
+    targets = torch.where(is_class, y, 0).long()
+    if inputs.weights is None:
+        weights = torch.ones_like(token_weights)
+    else:
+        weights = inputs.weights[targets].to(dtype)
+    return _Rows(targets, is_class, weights, token_weights, counted)
+
+
+def _denominators(inputs: LossInputs, options: LossOptions, rows: _Rows) -> tuple[Tensor, Tensor]:
+    """The scalars, statistics still missing, and the number of counted tokens."""
+    magnitudes = rows.token_weights.abs()
+    # A target that is no class makes its own row nan, where it is not refused; the others keep their denominator.
+    weight_sum = torch.where(rows.counted & rows.is_class, rows.weights * magnitudes, 0).sum()
+    magnitude = magnitudes.sum()
+    token_count = rows.counted.sum()
+    one = torch.ones_like(weight_sum)
+    denominator, z_denominator = {
+        "mean": (weight_sum, magnitude),
+        "token_mean": (token_count.to(weight_sum.dtype), magnitude),
+        "sum": (one, one),
+        "none": (one, one),
+    }[options.reduction]
+    if inputs.normalizer is not None:
+        denominator = z_denominator = torch.as_tensor(inputs.normalizer, dtype=weight_sum.dtype, device=one.device)
+    weight_total = one * inputs.vocab_size if inputs.weights is None else inputs.weights.to(weight_sum.dtype).sum()
+    scalars = torch.zeros(6, dtype=weight_sum.dtype, device=weight_sum.device)
+    scalars[INVERSE_DENOMINATOR] = torch.where(denominator == 0, 0, 1 / denominator)
+    scalars[INVERSE_Z_DENOMINATOR] = torch.where(z_denominator == 0, 0, 1 / z_denominator)
+    scalars[WEIGHT_TOTAL] = weight_total
+    scalars[WEIGHT_SUM] = weight_sum
+    return scalars, token_count
+
+
+def _factors(
+    inputs: LossInputs, options: LossOptions, rows: _Rows, scalars: Tensor, upstream: Tensor | None
+) -> _Factors:
+    u, s = rows.token_weights, options.label_smoothing
+    inverse, inverse_z = scalars[INVERSE_DENOMINATOR], scalars[INVERSE_Z_DENOMINATOR]
+    target = u * rows.weights * inverse * (1 - s)
+    # Never true on CPU, where such a target is refused; elsewhere its row is nan.
+    target = torch.where(rows.counted & ~rows.is_class, torch.nan, target)
+    smoothing = u * (s / inputs.vocab_size) * inverse
+    z = u.abs() * options.z_loss * inverse_z
+    if upstream is not None:
+        upstream = upstream.to(u.dtype)
+        # Rows without a share stay 0 whatever the upstream gradient, inf included.
+        target, smoothing, z = (_product(factor, upstream) for factor in (target, smoothing, z))
+    return _Factors(target, smoothing, z)
+
+
+def _product(factor: Tensor, value: Tensor) -> Tensor:
+    """factor * value, and 0 where the factor is 0: 0 * inf never appears."""
+    return torch.where(factor != 0, factor * value, 0)
+
+
+def _piece_rows(logits: Tensor) -> int:
+    piece_bytes = CPU_PIECE_BYTES if logits.device.type == "cpu" else DEVICE_PIECE_BYTES
+    return max(1, piece_bytes // (4 * max(logits.shape[-1], 1)))
+
+
+def _piece_buffer(inputs: LossInputs, dtype: torch.dtype) -> Tensor:
+    """One piece's softmax, allocated once: fresh pages for every piece would cost as much as the arithmetic."""
+    rows = min(_piece_rows(inputs.logits), inputs.rows)
+    return torch.empty(rows, inputs.vocab_size, dtype=dtype, device=inputs.logits.device)
+
+
+def _pieces(inputs: LossInputs, read: Tensor) -> Iterator[_Piece]:
+    logits = inputs.logits
+    size = _piece_rows(logits)
+    if logits.device.type != "cpu":
+        for start in range(0, inputs.rows, size):
+            index = slice(start, min(start + size, inputs.rows))
+            piece_logits = _take_rows(logits, index)
+            yield _Piece(index, torch.where(read[index, None], piece_logits, 0))
+        return
+    rows = None if bool(read.all()) else read.nonzero()[:, 0]
+    for start in range(0, inputs.rows if rows is None else rows.numel(), size):
+        if rows is None:
+            index = slice(start, min(start + size, inputs.rows))
+            yield _Piece(index, _take_rows(logits, index))
+            continue
+        chosen = rows[start : start + size]
+        first, last = int(chosen[0]), int(chosen[-1])
+        if last - first + 1 == chosen.numel():
+            yield _Piece(slice(first, last + 1), _take_rows(logits, slice(first, last + 1)))
+        else:
+            yield _Piece(chosen, _take_rows(logits, chosen))
+
+
+def _take_rows(tensor: Tensor, index: slice | Tensor) -> Tensor:
+    """(R, V) rows of a (rows_outer, rows_inner, V) tensor: a view where the rows allow one."""
+    rows_outer, rows_inner, _ = tensor.shape
+    if rows_outer == 1:
+        return tensor[0, index]
+    if isinstance(index, slice):
+        index = torch.arange(index.start, index.stop, device=tensor.device)
+    return tensor[index // rows_inner, index % rows_inner]
+
+
+def _zero_rows(gradient: Tensor, written: Tensor, inputs: LossInputs) -> None:
+    """Rows that no piece writes have a gradient of exactly 0."""
+    if gradient.device.type != "cpu" or bool(written.all()):
+        return
+    rows = (~written).nonzero()[:, 0]
+    rows_inner = gradient.shape[1]
+    gradient[rows // rows_inner, rows % rows_inner] = 0
+
+
+def _transformed(x: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """The logits that the loss sees: scaled (clamped to the finite range; infinities stay), then capped."""
+    if options.logit_scale == 1 and options.softcap is None:
+        return x
+    z = x.to(dtype)
+    if options.logit_scale != 1:
+        limits = torch.finfo(dtype)
+        z = torch.where(z.isinf(), z, (z * options.logit_scale).clamp(limits.min, limits.max))
+    if options.softcap is not None:
+        z = torch.tanh(z / options.softcap) * options.softcap
+    return z
+
+
+def _smoothing_sum(weights: Tensor | None, z: Tensor, z_max: Tensor, log_sum: Tensor) -> Tensor:
+    """(R,) sum_j w_j (lse - z_j); columns of weight 0 add 0 even where z is -inf."""
+    distance = (z_max[:, None] - z) + log_sum[:, None]  # (R, V)
+    if weights is None:
+        return distance.sum(-1)
+    w = weights.to(distance.dtype)
+    return torch.where(w != 0, distance * w, 0).sum(-1)
+
+
+def _write_gradient(
+    gradient: Tensor,  # (rows_outer, rows_inner, V)
+    piece: _Piece,
+    inputs: LossInputs,
+    options: LossOptions,
+    rows: _Rows,
+    factors: _Factors,  # of the piece's rows
+    scalars: Tensor,
+    p: Tensor,  # (R, V) softmax, overwritten
+    z: Tensor,  # (R, V)
+    lse: Tensor,  # (R,)
+) -> None:
+    """dL/dz_j = (target + spread) p_j - smoothing w_j - [j == y] target, then the derivative of the transform."""
+    y = rows.targets[piece.index, None]  # (R, 1)
+    spread = factors.smoothing * scalars[WEIGHT_TOTAL] + 2 * _product(factors.z, lse)
+    p_y = p.gather(1, y)[:, 0]
+    g_y = factors.target * (p_y - 1) + spread * p_y
+    plain = options.label_smoothing == 0 and options.softcap is None and options.logit_scale == 1
+    whole_rows = isinstance(piece.index, slice) and gradient.shape[0] == 1
+    # Written once, straight into place, where the rows are contiguous and nothing but the scale is left to apply.
+    out = gradient[0, piece.index] if plain and whole_rows else p
+    torch.mul(p, (factors.target + spread)[:, None], out=out)
+    if options.label_smoothing > 0:
+        w = p.new_ones(p.shape[-1]) if inputs.weights is None else inputs.weights.to(p.dtype)
+        out -= factors.smoothing[:, None] * w
+        g_y -= factors.smoothing * w[y[:, 0]]
+    out.scatter_(1, y, g_y[:, None].to(out.dtype))
+    if not plain:
+        derivative = torch.ones((), dtype=p.dtype, device=p.device)
+        if options.softcap is not None:
+            derivative = 1 - (z / options.softcap) ** 2
+        out *= derivative * options.logit_scale
+    # Rows read for the statistics alone may hold nan, which 0 * nan would keep.
+    if options.return_stats or gradient.device.type != "cpu":
+        out.masked_fill_(~factors.active[:, None], 0)
+    if not (plain and whole_rows):
+        _put_rows(gradient, piece.index, out)
+
+
+def _put_rows(gradient: Tensor, index: slice | Tensor, values: Tensor) -> None:
+    rows_outer, rows_inner, _ = gradient.shape
+    values = values.to(gradient.dtype)
+    if rows_outer == 1:
+        gradient[0, index] = values
+        return
+    if isinstance(index, slice):
+        index = torch.arange(index.start, index.stop, device=gradient.device)
+    gradient[index // rows_inner, index % rows_inner] = values

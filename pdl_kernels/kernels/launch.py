@@ -1,0 +1,302 @@
+"""Which kernels run, in which shape, and how they are launched. The choices are pure functions of sizes."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdl_kernels.kernels import cross_entropy as kernels
+from pdl_kernels.options import LossInputs, LossOptions, LossOutputs
+
+VECTOR_BYTES = 16  # one load or store instruction of a thread
+MAX_SLICES = 64
+REDUCE_BLOCK = 2048  # rows per step of the single-program kernels
+INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one program per row and slices are exercised
+
+# exp, log and fused multiply-add are meant to fuse: said here because Triton's default changes with its version.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+
+
+class Variant(NamedTuple):
+    """Everything about a row kernel that is fixed at compilation."""
+
+    normalized: bool  # a denominator is applied
+    smoothing: bool
+    z_loss: bool
+    softcap: bool
+    scale: bool
+    stats: bool
+    layout: str  # of the logits: "aligned" (every row starts on 16 bytes), "head" (some do not), "any"
+    gradient_layout: str  # the same for the gradient; "head" means: aligned where the logits are
+    unit_stride: bool  # the vocabulary dimension has stride 1
+    edges: bool  # there may be columns outside the interior
+    vector: int  # columns in 16 bytes
+    lanes: int  # threads
+    unroll: int  # vectors per thread and step
+
+
+class RowLaunch(NamedTuple):
+    """How rows are spread over programs."""
+
+    lanes: int
+    unroll: int
+    warps: int
+    slices: int
+    slice_columns: int
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def plan_rows(
+    rows: int,
+    vocab_size: int,
+    itemsize: int,
+    multiprocessors: int,
+    *,
+    two_passes: bool,
+    sliceable: bool,
+    warp_size: int = 32,
+) -> RowLaunch:
+    """Choose the shape of a row kernel's launch from sizes alone.
+
+    Args:
+        two_passes: the row is read twice and the second read is meant to hit the second-level cache.
+        sliceable: whether a row may be spread over several programs.
+    """
+    vector = VECTOR_BYTES // itemsize
+    unroll = 4  # 64 bytes in flight per thread; 8 spills at 1024 threads
+    row_bytes = vocab_size * itemsize
+    # 1024 threads fit on a multiprocessor at 64 registers each. One row a program, so more warps a program means fewer
+    # rows in flight: about 4 up to 64 KB, 2 up to 128 KB, 1 beyond, which keeps the rows in flight on an H200 under 40
+    # of its 50 MB of second-level cache (a model of the cache, not measured on a GPU yet).
+    max_warps = 8
+    if two_passes:
+        max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
+    max_warps = min(max_warps, 1024 // warp_size)
+    warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
+
+    slices, slice_columns = 1, vocab_size
+    if sliceable and 0 < rows < 2 * multiprocessors:
+        warps = min(warps, 8)
+        tile = warps * warp_size * vector * unroll
+        tiles = -(-vocab_size // tile)
+        wanted = min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)
+        tiles_per_slice = -(-tiles // wanted)
+        slices, slice_columns = -(-tiles // tiles_per_slice), tiles_per_slice * tile
+    return RowLaunch(warps * warp_size, unroll, warps, slices, slice_columns)
+
+
+class _Device(NamedTuple):
+    multiprocessors: int
+    warp_size: int
+
+
+@functools.lru_cache(maxsize=None)
+def _device(device: torch.device) -> _Device:
+    if device.type == "cpu":
+        return _Device(INTERPRETER_MULTIPROCESSORS, 32)
+    properties = torch.cuda.get_device_properties(device)
+    return _Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+
+
+@contextmanager
+def _on_device(tensor: Tensor) -> Iterator[None]:
+    """Triton launches on the current device, whatever the tensors' device is."""
+    if tensor.device.type == "cpu":
+        yield
+    else:
+        with torch.cuda.device(tensor.device):
+            yield
+
+
+def row_alignment(tensor: Tensor) -> tuple[bool, bool]:
+    """(the storage starts on 16 bytes and the last stride is 1, every row starts on 16 bytes)."""
+    vector = VECTOR_BYTES // tensor.element_size()
+    based = tensor.data_ptr() % VECTOR_BYTES == 0 and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
+    strides = [tensor.stride(d) for d in range(tensor.dim() - 1) if tensor.shape[d] > 1]
+    return based, based and all(stride % vector == 0 for stride in strides)
+
+
+def make_variant(inputs: LossInputs, options: LossOptions, gradient: Tensor | None, launch: RowLaunch) -> Variant:
+    """What to compile for these tensors and options."""
+    logits = inputs.logits
+    based, aligned = row_alignment(logits)
+    layout = "aligned" if aligned else "head" if based else "any"
+    gradient_layout = "any"
+    if gradient is not None and layout != "any":
+        gradient_based, gradient_aligned = row_alignment(gradient)
+        if (aligned and gradient_aligned) or (gradient_based and gradient.stride()[:2] == logits.stride()[:2]):
+            gradient_layout = layout
+    vector = VECTOR_BYTES // logits.element_size()
+    return Variant(
+        normalized=options.reduction in ("mean", "token_mean"),
+        smoothing=options.label_smoothing > 0,
+        z_loss=options.z_loss > 0,
+        softcap=options.softcap is not None,
+        scale=options.logit_scale != 1,
+        stats=options.return_stats,
+        layout=layout,
+        gradient_layout=gradient_layout,
+        unit_stride=logits.stride(-1) == 1 or logits.shape[-1] == 1,
+        edges=layout == "head" or inputs.vocab_size % vector != 0,
+        vector=vector,
+        lanes=launch.lanes,
+        unroll=launch.unroll,
+    )
+
+
+class _RowCall:
+    """One call's row kernels: their plan, their variant and the arguments that they share."""
+
+    def __init__(self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None, *, two_passes: bool) -> None:
+        device = _device(inputs.logits.device)
+        self.inputs = inputs
+        self.gradient = gradient
+        self.plan = plan_rows(
+            inputs.rows,
+            inputs.vocab_size,
+            inputs.logits.element_size(),
+            device.multiprocessors,
+            two_passes=two_passes,
+            sliceable=options.label_smoothing
+            == 0,  # the smoothing term needs the whole row's sum before its second walk
+            warp_size=device.warp_size,
+        )
+        self.variant = make_variant(inputs, options, gradient, self.plan)
+        strides = inputs.logits.stride()
+        self.tensors = (inputs.targets, inputs.weights, inputs.token_weights)
+        self.shape = (inputs.rows, inputs.logits.shape[1], inputs.vocab_size, *strides)
+        self.gradient_strides = (0, 0, 1) if gradient is None else gradient.stride()
+        self.numbers = (
+            options.ignore_index,
+            float(options.label_smoothing),
+            float(options.z_loss),
+            float(options.softcap or 1.0),
+            float(options.logit_scale),
+        )
+        self.compile_options: dict[str, Any] = {"num_warps": self.plan.warps, **COMPILE_OPTIONS}
+
+    def loss_rows(self, scalars: Tensor, row_loss: Tensor, row_state: Tensor, row_stats: Tensor | None) -> None:
+        kernels.loss_rows_kernel[(self.inputs.rows,)](
+            self.inputs.logits, self.gradient, *self.tensors, scalars, row_loss, row_state, row_stats,
+            *self.shape, *self.gradient_strides, *self.numbers, self.variant, **self.compile_options,
+        )  # fmt: skip
+
+    def sliced_loss_rows(self, scalars: Tensor, row_loss: Tensor, row_state: Tensor, row_stats: Tensor | None) -> None:
+        rows, slices = self.inputs.rows, self.plan.slices
+        slice_state = torch.empty(2, rows, slices, dtype=torch.float32, device=scalars.device)
+        kernels.slice_rows_kernel[(rows, slices)](
+            self.inputs.logits, *self.tensors, scalars, slice_state,
+            *self.shape, *self.numbers, self.plan.slice_columns, slices, self.variant, **self.compile_options,
+        )  # fmt: skip
+        kernels.merge_rows_kernel[(rows,)](
+            self.inputs.logits, *self.tensors, scalars, slice_state, row_loss, row_state, row_stats,
+            *self.shape, *self.numbers, slices, next_power_of_two(slices), self.variant,
+            num_warps=1, **COMPILE_OPTIONS,
+        )  # fmt: skip
+        if self.gradient is not None:
+            self.gradient_rows(scalars, row_state, None, unless_one=False)
+
+    def gradient_rows(self, scalars: Tensor, row_state: Tensor, upstream: Tensor | None, *, unless_one: bool) -> None:
+        upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
+        kernels.gradient_rows_kernel[(self.inputs.rows, self.plan.slices)](
+            self.inputs.logits, self.gradient, *self.tensors, scalars, row_state, upstream, upstream_stride,
+            *self.shape, *self.gradient_strides, *self.numbers, self.plan.slice_columns, unless_one, self.variant,
+            **self.compile_options,
+        )  # fmt: skip
+
+
+def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
+    """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
+    rows, device = inputs.rows, inputs.logits.device
+    per_row = options.reduction == "none"
+    row_loss = torch.empty(rows, dtype=torch.float32, device=device)
+    row_state = torch.empty(2, rows, dtype=torch.float32, device=device)
+    row_stats = torch.empty(2, rows, dtype=torch.float32, device=device) if options.return_stats else None
+    scalars = torch.empty(6, dtype=torch.float32, device=device)
+    token_count = torch.empty((), dtype=torch.int64, device=device)
+    loss = row_loss if per_row else torch.empty((), dtype=torch.float32, device=device)
+    two_passes = gradient is not None or options.label_smoothing > 0
+
+    with _on_device(inputs.logits):
+        if options.reduction in ("mean", "token_mean") or options.label_smoothing > 0 or options.return_stats:
+            kernels.denominators_kernel[(1,)](
+                inputs.targets, inputs.weights, inputs.token_weights, inputs.normalizer, scalars, token_count,
+                rows, inputs.vocab_size, options.ignore_index,
+                options.reduction, isinstance(inputs.normalizer, float),
+                options.label_smoothing > 0 and inputs.weights is not None, REDUCE_BLOCK,
+                num_warps=8, **COMPILE_OPTIONS,
+            )  # fmt: skip
+        if rows > 0:
+            call = _RowCall(inputs, options, gradient, two_passes=two_passes)
+            run = call.sliced_loss_rows if call.plan.slices > 1 else call.loss_rows
+            run(scalars, row_loss, row_state, row_stats)
+        if not per_row or options.return_stats:
+            kernels.reduce_rows_kernel[(1,)](
+                row_loss, row_stats, scalars, token_count, None if per_row else loss, rows,
+                options.return_stats, REDUCE_BLOCK, num_warps=8, **COMPILE_OPTIONS,
+            )  # fmt: skip
+    return LossOutputs(loss, row_state, scalars, token_count)
+
+
+def backward(
+    inputs: LossInputs, options: LossOptions, row_state: Tensor, scalars: Tensor, upstream: Tensor, gradient: Tensor
+) -> None:
+    """Write the gradient for `upstream`, (N,) with any stride or 0-d, to `gradient`."""
+    _gradient(inputs, options, row_state, scalars, upstream, gradient, unless_one=False)
+
+
+def adjust(
+    inputs: LossInputs | None,
+    options: LossOptions,
+    row_state: Tensor | None,
+    scalars: Tensor | None,
+    upstream: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Make `gradient`, formed for an upstream gradient of 1, right for the 0-d `upstream`, without reading it here.
+
+    From the logits while they are still there: one rounding, and fp16 gradients that need loss scaling do not
+    underflow before they are scaled. Otherwise by multiplying.
+    """
+    if inputs is not None and row_state is not None and scalars is not None:
+        _gradient(inputs, options, row_state, scalars, upstream, gradient, unless_one=True)
+        return
+    rows_outer, rows_inner, V = gradient.shape
+    rows = rows_outer * rows_inner
+    if rows == 0:
+        return
+    device = _device(gradient.device)
+    plan = plan_rows(
+        rows, V, gradient.element_size(), device.multiprocessors, two_passes=False, sliceable=True,
+        warp_size=device.warp_size,
+    )  # fmt: skip
+    with _on_device(gradient):
+        kernels.scale_rows_kernel[(rows, plan.slices)](
+            gradient, upstream, rows_inner, V, *gradient.stride(), plan.slice_columns, REDUCE_BLOCK,
+            num_warps=8, **COMPILE_OPTIONS,
+        )  # fmt: skip
+
+
+def _gradient(
+    inputs: LossInputs,
+    options: LossOptions,
+    row_state: Tensor,
+    scalars: Tensor,
+    upstream: Tensor,
+    gradient: Tensor,
+    *,
+    unless_one: bool,
+) -> None:
+    if inputs.rows == 0:
+        return
+    # Statistics belong to forward: without them backward needs one variant fewer.
+    options = options._replace(return_stats=False)
+    with _on_device(inputs.logits):
+        call = _RowCall(inputs, options, gradient, two_passes=False)
+        call.gradient_rows(scalars, row_state, upstream, unless_one=unless_one)

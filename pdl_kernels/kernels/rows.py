@@ -1,0 +1,341 @@
+"""The mathematics of one row, as device functions that every kernel shares.
+
+A row's columns are an *interior*, which starts on 16 bytes and whose length is a multiple of `VARIANT.vector` columns,
+and up to 2 * (vector - 1) *edge* columns around it. The interior is walked in tiles of shape (unroll, lanes, vector):
+one 16-byte vector per thread and step, so that sums over the first and last axis stay inside a thread.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # the largest finite float32
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 2e-7 relative: libdevice is not in the interpreter, and 2 sigmoid(2x) - 1 loses small arguments."""
+    squared = x * x
+    # (tanh(x) / x - 1) / x**2 over |x| < 0.5: weighted least squares in x**2 at Chebyshev nodes.
+    series = tl.fma(squared, 0.017249900847673416, -0.053049635142087936)
+    series = tl.fma(squared, series, 0.13325941562652588)
+    series = tl.fma(squared, series, -0.33333146572113037)
+    near = tl.fma(x * squared, series, x)
+    far = 1.0 - 2.0 / (tl.math.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.5, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def transformed(x, logit_scale, softcap, VARIANT: tl.constexpr):
+    """The logits that the loss sees: scaled (clamped to the finite range; infinities stay), then capped."""
+    if VARIANT.scale:
+        scaled = tl.minimum(tl.maximum(x * logit_scale, -LARGEST), LARGEST)
+        # Written as a selection by |x| so that nan, like an infinity, passes through.
+        x = tl.where(tl.abs(x) <= LARGEST, scaled, x)
+    if VARIANT.softcap:
+        x = softcap * tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def transform_derivative(z, logit_scale, softcap, VARIANT: tl.constexpr):
+    """d transformed(x) / d x, from z = transformed(x)."""
+    derivative = 1.0
+    if VARIANT.softcap:
+        ratio = z / softcap
+        derivative = 1.0 - ratio * ratio
+    if VARIANT.scale:
+        derivative = derivative * logit_scale
+    return derivative
+
+
+@triton.jit
+def exp_difference(a, b):
+    """exp(a - b). The difference is taken first: it is exact near the maximum, whatever offset both share."""
+    return tl.math.exp2((a - b) * LOG2E)
+
+
+@triton.jit
+def row_offset(row, rows_inner, stride_outer, stride_row):
+    """Elements from the tensor's start to row `row` of (rows_outer, rows_inner, V), in 64 bits."""
+    outer = (row // rows_inner).to(tl.int64)
+    inner = (row % rows_inner).to(tl.int64)
+    return outer * stride_outer + inner * stride_row
+
+
+@triton.jit
+def interior_bounds(offset, V, VARIANT: tl.constexpr):
+    """(head, columns): how many edge columns precede the interior, and how many columns the interior has."""
+    head = 0
+    if VARIANT.layout == "head":
+        head = ((VARIANT.vector - offset % VARIANT.vector) % VARIANT.vector).to(tl.int32)
+        head = tl.minimum(head, V)
+    columns = (V - head) // VARIANT.vector * VARIANT.vector
+    return head, columns
+
+
+@triton.jit
+def interior_pointer(base, offset, head, LAYOUT: tl.constexpr, VARIANT: tl.constexpr):
+    """The address of the interior's first column, with the alignment that `LAYOUT` promises told to the compiler."""
+    start = offset + head  # only unit column strides have a head
+    if LAYOUT != "any":
+        start = tl.multiple_of(start, VARIANT.vector)
+    return base + start
+
+
+@triton.jit
+def tile_columns(VARIANT: tl.constexpr):
+    """(unroll, lanes, 1) first column of each thread's vector, (1, 1, vector) columns within it."""
+    step = tl.arange(0, VARIANT.unroll)[:, None, None]
+    lane = tl.arange(0, VARIANT.lanes)[None, :, None]
+    first = (step * VARIANT.lanes + lane) * VARIANT.vector
+    return first, tl.arange(0, VARIANT.vector)[None, None, :]
+
+
+@triton.jit
+def column_offsets(columns, stride_column, VARIANT: tl.constexpr):
+    if VARIANT.unit_stride:
+        return columns
+    return columns.to(tl.int64) * stride_column
+
+
+@triton.jit
+def edge_columns(head, columns, V, slice_index, VARIANT: tl.constexpr):
+    """(2 * vector,) the columns outside the interior, and which of them exist; they belong to a row's first slice."""
+    index = tl.arange(0, 2 * VARIANT.vector)
+    before = index < VARIANT.vector
+    column = tl.where(before, index, index - VARIANT.vector + head + columns)
+    end = tl.where(slice_index == 0, tl.where(before, head, V), 0)
+    return column, column < end
+
+
+@triton.jit
+def fold_tile(
+    interior, start, end, lane_max, lane_sum, stride_column, logit_scale, softcap, MASKED: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Merge one tile into each lane's running (max of x, sum of exp(z - z of that max)), z = transformed(x)."""
+    first, within = tile_columns(VARIANT)
+    pointers = interior + column_offsets(start + first + within, stride_column, VARIANT)
+    if MASKED:
+        # Constant over each vector, because `end` is a multiple of its length: the load stays 16 bytes wide.
+        exists = start + first < end
+        x = tl.load(pointers, mask=exists, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+    else:
+        x = tl.load(pointers, eviction_policy="evict_last").to(tl.float32)
+    tile_max = tl.max(tl.max(x, 2, keep_dims=True), 0, keep_dims=True)  # (1, lanes, 1)
+    new_max = tl.maximum(lane_max, tile_max)
+    reference = transformed(new_max, logit_scale, softcap, VARIANT)
+    z = transformed(x, logit_scale, softcap, VARIANT)
+    if MASKED and VARIANT.softcap:
+        z = tl.where(exists, z, float("-inf"))  # a capped -inf is a real logit; a missing column is not
+    exps = exp_difference(z, reference)
+    rescale = exp_difference(transformed(lane_max, logit_scale, softcap, VARIANT), reference)
+    return new_max, lane_sum * rescale + tl.sum(tl.sum(exps, 2, keep_dims=True), 0, keep_dims=True)
+
+
+@triton.jit
+def row_max_and_sum(
+    row, interior, head, columns, begin, end, V, slice_index, stride_column, logit_scale, softcap, VARIANT: tl.constexpr
+):
+    """(max of x, sum of exp(z - z of that max)) over interior columns [begin, end) and, if asked, the edges.
+
+    The maximum starts at the lowest finite value and not at -inf: a leading block of -inf is harmless, a row full of
+    the lowest value gives V, and a row wholly -inf gives a sum of 0, hence a loss of nan as in torch.
+    """
+    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
+    lane_max = tl.full((1, VARIANT.lanes, 1), -LARGEST, tl.float32)
+    lane_sum = tl.zeros((1, VARIANT.lanes, 1), tl.float32)
+    full_end = begin + (end - begin) // TILE * TILE
+    for start in range(begin, full_end, TILE):
+        lane_max, lane_sum = fold_tile(
+            interior, start, end, lane_max, lane_sum, stride_column, logit_scale, softcap, False, VARIANT
+        )
+    if full_end < end:
+        lane_max, lane_sum = fold_tile(
+            interior, full_end, end, lane_max, lane_sum, stride_column, logit_scale, softcap, True, VARIANT
+        )
+    row_max = tl.max(lane_max)
+    if VARIANT.edges:
+        column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
+        x = tl.load(row + column_offsets(column, stride_column, VARIANT), mask=exists, other=float("-inf"))
+        x = x.to(tl.float32)
+        row_max = tl.maximum(row_max, tl.max(x))
+    reference = transformed(row_max, logit_scale, softcap, VARIANT)
+    row_sum = tl.sum(lane_sum * exp_difference(transformed(lane_max, logit_scale, softcap, VARIANT), reference))
+    if VARIANT.edges:
+        z = tl.where(exists, transformed(x, logit_scale, softcap, VARIANT), float("-inf"))
+        row_sum += tl.sum(exp_difference(z, reference))
+    return row_max, row_sum
+
+
+@triton.jit
+def row_factors(
+    row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, upstream,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """What the row's three terms are multiplied by, denominators and upstream gradient included.
+
+    Returns (y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor); y is 0 where the target is no class.
+    """
+    y = tl.load(targets + row).to(tl.int64)
+    token_weight = 1.0
+    if token_weights is not None:
+        token_weight = tl.load(token_weights + row).to(tl.float32)
+    counted = (y != ignore_index) & (token_weight != 0.0)
+    exists = (y >= 0) & (y < V)
+    safe_y = tl.where(exists, y, 0).to(tl.int32)
+    w_y = 1.0
+    if weights is not None:
+        w_y = tl.load(weights + safe_y).to(tl.float32)
+    inverse = 1.0
+    inverse_z = 1.0
+    if VARIANT.normalized:
+        inverse = tl.load(scalars)
+        inverse_z = tl.load(scalars + 1)
+    u = tl.where(counted, token_weight, 0.0)
+    target_factor = u * w_y * inverse * upstream
+    smoothing_factor = 0.0
+    z_factor = 0.0
+    if VARIANT.smoothing:
+        target_factor = target_factor * (1.0 - label_smoothing)
+        smoothing_factor = u * (label_smoothing / V) * inverse * upstream
+    if VARIANT.z_loss:
+        z_factor = tl.abs(u) * z_loss * inverse_z * upstream
+    return safe_y, w_y, counted, counted & (exists == 0), target_factor, smoothing_factor, z_factor
+
+
+@triton.jit
+def contributes(target_factor, smoothing_factor, z_factor):
+    """Whether anything of the row enters the loss; a nan factor does."""
+    return (target_factor != 0.0) | (smoothing_factor != 0.0) | (z_factor != 0.0)
+
+
+@triton.jit
+def fill_row(row, interior, head, columns, begin, end, V, slice_index, value, stride_column, VARIANT: tl.constexpr):
+    """Write `value` to interior columns [begin, end) and, if asked, the edges."""
+    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
+    first, within = tile_columns(VARIANT)
+    values = tl.full((VARIANT.unroll, VARIANT.lanes, VARIANT.vector), value, tl.float32).to(row.dtype.element_ty)
+    for start in range(begin, end, TILE):
+        pointers = interior + column_offsets(start + first + within, stride_column, VARIANT)
+        tl.store(pointers, values, mask=start + first < end)
+    if VARIANT.edges:
+        column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
+        edge_values = tl.full((2 * VARIANT.vector,), value, tl.float32).to(row.dtype.element_ty)
+        tl.store(row + column_offsets(column, stride_column, VARIANT), edge_values, mask=exists)
+
+
+@triton.jit
+def gradient_values(
+    x, column, exists, reference, log_sum, probability_scale, smoothing_factor, weights, logit_scale, softcap,
+    MASKED: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """dL/dx of these columns but for the target's own term, and their share of sum_j w_j (lse - z_j)."""
+    z = transformed(x, logit_scale, softcap, VARIANT)
+    g = exp_difference(z, reference) * probability_scale
+    smoothing = 0.0
+    if VARIANT.smoothing:
+        if weights is not None:
+            w = tl.load(weights + column, mask=exists, other=0.0).to(tl.float32)
+        else:
+            w = tl.where(exists, 1.0, 0.0)
+        # Columns of weight 0 add 0 even where z is -inf.
+        smoothing = tl.sum(tl.where(w != 0.0, w * ((reference - z) + log_sum), 0.0))
+        g = g - smoothing_factor * w
+    if VARIANT.softcap or VARIANT.scale:
+        g = g * transform_derivative(z, logit_scale, softcap, VARIANT)
+    return g, smoothing
+
+
+@triton.jit
+def gradient_tile(
+    logits_interior, gradient_interior, start, end, head, reference, log_sum, probability_scale, smoothing_factor,
+    weights, stride_column, gradient_stride_column, logit_scale, softcap, MASKED: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    first, within = tile_columns(VARIANT)
+    column = start + first + within
+    exists = start + first < end
+    pointers = logits_interior + column_offsets(column, stride_column, VARIANT)
+    if MASKED:
+        x = tl.load(pointers, mask=exists, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+    else:
+        x = tl.load(pointers, eviction_policy="evict_first").to(tl.float32)
+    g, smoothing = gradient_values(
+        x, head + column, exists, reference, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
+        softcap, MASKED, VARIANT,
+    )  # fmt: skip
+    if gradient_interior is not None:
+        pointers = gradient_interior + column_offsets(column, gradient_stride_column, VARIANT)
+        g = g.to(gradient_interior.dtype.element_ty)
+        if MASKED:
+            tl.store(pointers, g, mask=exists, eviction_policy="evict_first")
+        else:
+            tl.store(pointers, g, eviction_policy="evict_first")
+    return smoothing
+
+
+@triton.jit
+def row_gradient(
+    logits_row, logits_interior, gradient_row, gradient_interior, head, columns, begin, end, V, slice_index,
+    y, x_y, w_y, row_max, row_sum, target_factor, smoothing_factor, z_factor, weight_total, weights,
+    stride_column, gradient_stride_column, logit_scale, softcap, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Write dL/dx of interior columns [begin, end) and, if asked, the edges; return sum_j w_j (lse - z_j) over them.
+
+    dL/dz_j = (target_factor + spread) p_j - smoothing_factor w_j - [j == y] target_factor,
+    spread = smoothing_factor sum_j w_j + 2 z_factor lse. Without a gradient to write only the sum is formed.
+    """
+    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
+    reference = transformed(row_max, logit_scale, softcap, VARIANT)
+    log_sum = LN2 * tl.math.log2(row_sum)
+    spread = 0.0
+    if VARIANT.smoothing:
+        spread += smoothing_factor * weight_total
+    if VARIANT.z_loss:
+        spread += 2.0 * z_factor * (reference + log_sum)
+    probability_scale = (target_factor + spread) / row_sum
+
+    smoothing = tl.full((), 0.0, tl.float32)
+    full_end = begin + (end - begin) // TILE * TILE
+    for start in range(begin, full_end, TILE):
+        smoothing += gradient_tile(
+            logits_interior, gradient_interior, start, end, head, reference, log_sum, probability_scale,
+            smoothing_factor, weights, stride_column, gradient_stride_column, logit_scale, softcap, False, VARIANT,
+        )  # fmt: skip
+    if full_end < end:
+        smoothing += gradient_tile(
+            logits_interior, gradient_interior, full_end, end, head, reference, log_sum, probability_scale,
+            smoothing_factor, weights, stride_column, gradient_stride_column, logit_scale, softcap, True, VARIANT,
+        )  # fmt: skip
+    if VARIANT.edges:
+        column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
+        x = tl.load(logits_row + column_offsets(column, stride_column, VARIANT), mask=exists, other=float("-inf"))
+        g, edge_smoothing = gradient_values(
+            x.to(tl.float32), column, exists, reference, log_sum, probability_scale, smoothing_factor, weights,
+            logit_scale, softcap, True, VARIANT,
+        )  # fmt: skip
+        smoothing += edge_smoothing
+        if gradient_row is not None:
+            pointers = gradient_row + column_offsets(column, gradient_stride_column, VARIANT)
+            tl.store(pointers, g.to(gradient_row.dtype.element_ty), mask=exists)
+
+    if gradient_row is not None:
+        # The target column is written a second time: its value p_y - 1 is formed in float32 and never read back.
+        # The barrier orders this store, by one thread, after the bulk stores of all threads of the program; no other
+        # program writes the column, because the slices of a row are disjoint.
+        tl.debug_barrier()
+        in_slice = (y >= head + begin) & (y < head + end)
+        if VARIANT.edges:
+            in_slice = in_slice | ((slice_index == 0) & ((y < head) | (y >= head + columns)))
+        z_y = transformed(x_y, logit_scale, softcap, VARIANT)
+        exp_y = exp_difference(z_y, reference)
+        g_y = (spread * exp_y - target_factor * (row_sum - exp_y)) / row_sum
+        if VARIANT.smoothing:
+            g_y -= smoothing_factor * w_y
+        if VARIANT.softcap or VARIANT.scale:
+            g_y = g_y * transform_derivative(z_y, logit_scale, softcap, VARIANT)
+        target_pointer = gradient_row + column_offsets(y, gradient_stride_column, VARIANT)
+        tl.store(target_pointer, g_y.to(gradient_row.dtype.element_ty), mask=in_slice)
+    return smoothing

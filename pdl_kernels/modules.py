@@ -1,0 +1,101 @@
+"""nn.Module faces of the functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdl_kernels import checks
+from pdl_kernels.functional import pdl_cross_entropy
+from pdl_kernels.options import LossStats
+
+
+class PDLCrossEntropyLoss(nn.Module):
+    """`pdl_cross_entropy` as a module that owns its weights.
+
+    Args:
+        weights: (V,) floating, one weight per vocabulary entry, or None for 1. Kept as a float32 buffer that follows
+            `.to(device)`, stays float32 under `.half()`, `.bfloat16()` and `.to(dtype)`, and stays out of checkpoints.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, inplace, return_stats, backend: the
+            options of `pdl_cross_entropy`, checked here.
+
+    `forward(logits, targets, token_weights=None, normalizer=None)` takes (..., V) logits and (...) targets and returns
+    what `pdl_cross_entropy` returns. `normalizer` may be given here or per call; the call wins.
+
+    >>> criterion = PDLCrossEntropyLoss(torch.tensor([1.0, 3.0]), reduction="token_mean")
+    >>> round(criterion(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).item(), 4)
+    6.3808
+    """
+
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        weights: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        normalizer: float | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        inplace: bool = False,
+        return_stats: bool = False,
+        backend: str = "auto",
+        **unexpected: Any,
+    ) -> None:
+        super().__init__()
+        checks.check_names("PDLCrossEntropyLoss", unexpected)
+        checks.check_options(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_stats=return_stats,
+            backend=backend,
+        )
+        if weights is not None:
+            checks.check_weight_table(weights)
+            weights = weights.detach().to(torch.float32, copy=True)
+        self.register_buffer("weights", weights, persistent=False)
+        self.normalizer = normalizer
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "inplace": inplace,
+            "return_stats": return_stats,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        token_weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        if normalizer is None:
+            normalizer = self.normalizer
+        return pdl_cross_entropy(
+            logits, targets, self.weights, token_weights=token_weights, normalizer=normalizer, **self.options
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PDLCrossEntropyLoss":
+        before = self.weights
+        super()._apply(fn, recurse)
+        # nn.Module casts floating buffers with the rest; rounded weights would be other weights.
+        if before is not None and self.weights is not None and self.weights.dtype != torch.float32:
+            self.weights = before.to(self.weights.device)
+        return self
+
+    def extra_repr(self) -> str:
+        size = "None" if self.weights is None else f"({self.weights.shape[0]},)"
+        return ", ".join([f"weights={size}", *(f"{name}={value!r}" for name, value in self.options.items())])

@@ -1,0 +1,1 @@
+"""Autograd around the backends: one file per operation, saving what backward needs."""
