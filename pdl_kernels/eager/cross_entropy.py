@@ -100,7 +100,7 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
             row_hits[piece.index] = (counted & (x_y >= row_max)).to(scalars.dtype)
         if gradient is not None:
             piece_factors = _Factors(*(f[piece.index] for f in factors))
-            _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, z, lse)
+            _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, lse)
 
     if options.return_stats:
         nan = torch.where(rows.counted & ~rows.is_class, torch.nan, 0.0)  # their targets name no logit
@@ -127,7 +127,7 @@ def backward(
         z_max = _transformed(row_state[0, piece.index], options, scalars.dtype)
         lse = z_max + row_state[1, piece.index].log()
         piece_factors = _Factors(*(f[piece.index] for f in factors))
-        _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, z, lse)
+        _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, lse)
 
 
 @torch.no_grad()
@@ -273,17 +273,28 @@ def _zero_rows(gradient: Tensor, written: Tensor, inputs: LossInputs) -> None:
     gradient[rows // rows_inner, rows % rows_inner] = 0
 
 
-def _transformed(x: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
-    """The logits that the loss sees: scaled (clamped to the finite range; infinities stay), then capped."""
-    if options.logit_scale == 1 and options.softcap is None:
-        return x
+def _scaled(x: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """logit_scale * x, clamped to the finite range; infinities and nan stay."""
+    if options.logit_scale == 1:
+        return x.to(dtype)
     z = x.to(dtype)
-    if options.logit_scale != 1:
-        limits = torch.finfo(dtype)
-        z = torch.where(z.isinf(), z, (z * options.logit_scale).clamp(limits.min, limits.max))
+    limits = torch.finfo(dtype)
+    return torch.where(z.isinf(), z, (z * options.logit_scale).clamp(limits.min, limits.max))
+
+
+def _transformed(x: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
+    """The logits z that the loss sees: scaled, then capped. Without either, `x` itself in its own dtype."""
     if options.softcap is not None:
-        z = torch.tanh(z / options.softcap) * options.softcap
-    return z
+        return torch.tanh(_scaled(x, options, dtype) / options.softcap) * options.softcap
+    return x if options.logit_scale == 1 else _scaled(x, options, dtype)
+
+
+def _transform_derivative(x: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor | float:
+    """dz / dx. It starts from x: recovering tanh from z would round where 1 - tanh**2 cancels."""
+    if options.softcap is None:
+        return options.logit_scale
+    ratio = torch.tanh(_scaled(x, options, dtype) / options.softcap)
+    return (1 - ratio * ratio) * options.logit_scale
 
 
 def _smoothing_sum(weights: Tensor | None, z: Tensor, z_max: Tensor, log_sum: Tensor) -> Tensor:
@@ -304,7 +315,6 @@ def _write_gradient(
     factors: _Factors,  # of the piece's rows
     scalars: Tensor,
     p: Tensor,  # (R, V) softmax, overwritten
-    z: Tensor,  # (R, V)
     lse: Tensor,  # (R,)
 ) -> None:
     """dL/dz_j = (target + spread) p_j - smoothing w_j - [j == y] target, then the derivative of the transform."""
@@ -323,10 +333,7 @@ def _write_gradient(
         g_y -= factors.smoothing * w[y[:, 0]]
     out.scatter_(1, y, g_y[:, None].to(out.dtype))
     if not plain:
-        derivative = torch.ones((), dtype=p.dtype, device=p.device)
-        if options.softcap is not None:
-            derivative = 1 - (z / options.softcap) ** 2
-        out *= derivative * options.logit_scale
+        out *= _transform_derivative(piece.logits, options, p.dtype)
     # Rows read for the statistics alone may hold nan, which 0 * nan would keep.
     if options.return_stats or gradient.device.type != "cpu":
         out.masked_fill_(~factors.active[:, None], 0)

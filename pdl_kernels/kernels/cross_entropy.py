@@ -32,6 +32,7 @@ from pdl_kernels.kernels.rows import (
     row_gradient,
     row_max_and_sum,
     row_offset,
+    slice_bounds,
     transformed,
 )
 
@@ -45,6 +46,7 @@ UNSPECIALIZED = (
     "gradient_stride_row",
     "upstream_stride",
     "slice_columns",
+    "slice_tiles",
     "slices",
     "ignore_index",
 )
@@ -212,7 +214,7 @@ def slice_rows_kernel(
     logits, targets, weights, token_weights, scalars, slice_state,
     rows, rows_inner, V, stride_outer, stride_row, stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-    slice_columns, slices,
+    slice_tiles, slices,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -227,8 +229,7 @@ def slice_rows_kernel(
     if VARIANT.stats:
         read = read | counted
     if read & (invalid == 0):
-        begin = tl.minimum(slice_index * slice_columns, columns)
-        end = tl.minimum(begin + slice_columns, columns)
+        begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
         row_max, row_sum = row_max_and_sum(
             logits + offset, interior, head, columns, begin, end, V, slice_index, stride_column, logit_scale,
             softcap, VARIANT,
@@ -280,7 +281,7 @@ def gradient_rows_kernel(
     rows, rows_inner, V, stride_outer, stride_row, stride_column,
     gradient_stride_outer, gradient_stride_row, gradient_stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-    slice_columns,
+    slice_tiles,
     UNLESS_ONE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """With UNLESS_ONE, `gradient` already holds the gradient for an upstream gradient of 1 and is left alone then."""
@@ -299,8 +300,7 @@ def gradient_rows_kernel(
     gradient_offset = row_offset(row, rows_inner, gradient_stride_outer, gradient_stride_row)
     gradient_row = gradient + gradient_offset
     gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout, VARIANT)
-    begin = tl.minimum(slice_index * slice_columns, columns)
-    end = tl.minimum(begin + slice_columns, columns)
+    begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
     y, w_y, _, invalid, target_factor, smoothing_factor, z_factor = row_factors(
         row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, upstream_value,
         VARIANT,

@@ -45,7 +45,7 @@ class RowLaunch(NamedTuple):
     unroll: int
     warps: int
     slices: int
-    slice_columns: int
+    slice_tiles: int  # a tile is unroll * lanes vectors
 
 
 def next_power_of_two(n: int) -> int:
@@ -80,15 +80,12 @@ def plan_rows(
     max_warps = min(max_warps, 1024 // warp_size)
     warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
 
-    slices, slice_columns = 1, vocab_size
-    if sliceable and 0 < rows < 2 * multiprocessors:
+    few_rows = sliceable and 0 < rows < 2 * multiprocessors
+    if few_rows:
         warps = min(warps, 8)
-        tile = warps * warp_size * vector * unroll
-        tiles = -(-vocab_size // tile)
-        wanted = min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)
-        tiles_per_slice = -(-tiles // wanted)
-        slices, slice_columns = -(-tiles // tiles_per_slice), tiles_per_slice * tile
-    return RowLaunch(warps * warp_size, unroll, warps, slices, slice_columns)
+    tiles = -(-vocab_size // (warps * warp_size * vector * unroll))
+    slice_tiles = -(-tiles // min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)) if few_rows else tiles
+    return RowLaunch(warps * warp_size, unroll, warps, -(-tiles // slice_tiles), slice_tiles)
 
 
 class _Device(NamedTuple):
@@ -192,7 +189,7 @@ class _RowCall:
         slice_state = torch.empty(2, rows, slices, dtype=torch.float32, device=scalars.device)
         kernels.slice_rows_kernel[(rows, slices)](
             self.inputs.logits, *self.tensors, scalars, slice_state,
-            *self.shape, *self.numbers, self.plan.slice_columns, slices, self.variant, **self.compile_options,
+            *self.shape, *self.numbers, self.plan.slice_tiles, slices, self.variant, **self.compile_options,
         )  # fmt: skip
         kernels.merge_rows_kernel[(rows,)](
             self.inputs.logits, *self.tensors, scalars, slice_state, row_loss, row_state, row_stats,
@@ -206,7 +203,7 @@ class _RowCall:
         upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
         kernels.gradient_rows_kernel[(self.inputs.rows, self.plan.slices)](
             self.inputs.logits, self.gradient, *self.tensors, scalars, row_state, upstream, upstream_stride,
-            *self.shape, *self.gradient_strides, *self.numbers, self.plan.slice_columns, unless_one, self.variant,
+            *self.shape, *self.gradient_strides, *self.numbers, self.plan.slice_tiles, unless_one, self.variant,
             **self.compile_options,
         )  # fmt: skip
 
@@ -278,7 +275,7 @@ def adjust(
     )  # fmt: skip
     with _on_device(gradient):
         kernels.scale_rows_kernel[(rows, plan.slices)](
-            gradient, upstream, rows_inner, V, *gradient.stride(), plan.slice_columns, REDUCE_BLOCK,
+            gradient, upstream, rows_inner, V, *gradient.stride(), -(-V // plan.slices), REDUCE_BLOCK,
             num_warps=8, **COMPILE_OPTIONS,
         )  # fmt: skip
 

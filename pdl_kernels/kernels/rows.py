@@ -27,23 +27,29 @@ def tanh(x):
 
 
 @triton.jit
-def transformed(x, logit_scale, softcap, VARIANT: tl.constexpr):
-    """The logits that the loss sees: scaled (clamped to the finite range; infinities stay), then capped."""
+def scaled(x, logit_scale, VARIANT: tl.constexpr):
+    """logit_scale * x, clamped to the finite range; infinities and nan stay."""
     if VARIANT.scale:
-        scaled = tl.minimum(tl.maximum(x * logit_scale, -LARGEST), LARGEST)
-        # Written as a selection by |x| so that nan, like an infinity, passes through.
-        x = tl.where(tl.abs(x) <= LARGEST, scaled, x)
-    if VARIANT.softcap:
-        x = softcap * tanh(x / softcap)
+        product = tl.minimum(tl.maximum(x * logit_scale, -LARGEST), LARGEST)
+        x = tl.where(tl.abs(x) <= LARGEST, product, x)
     return x
 
 
 @triton.jit
-def transform_derivative(z, logit_scale, softcap, VARIANT: tl.constexpr):
-    """d transformed(x) / d x, from z = transformed(x)."""
+def transformed(x, logit_scale, softcap, VARIANT: tl.constexpr):
+    """The logits z that the loss sees: scaled, then capped. Increasing in x, so that x alone decides a row's maximum."""
+    z = scaled(x, logit_scale, VARIANT)
+    if VARIANT.softcap:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def transform_derivative(x, logit_scale, softcap, VARIANT: tl.constexpr):
+    """dz / dx. It starts from x: recovering tanh from z would round where 1 - tanh**2 cancels."""
     derivative = 1.0
     if VARIANT.softcap:
-        ratio = z / softcap
+        ratio = tanh(scaled(x, logit_scale, VARIANT) / softcap)
         derivative = 1.0 - ratio * ratio
     if VARIANT.scale:
         derivative = derivative * logit_scale
@@ -54,6 +60,28 @@ def transform_derivative(z, logit_scale, softcap, VARIANT: tl.constexpr):
 def exp_difference(a, b):
     """exp(a - b). The difference is taken first: it is exact near the maximum, whatever offset both share."""
     return tl.math.exp2((a - b) * LOG2E)
+
+
+@triton.jit
+def exp_terms(m):
+    """(rate, shift, correction) with exp(z - m) = exp2(fma(z, rate, -shift)) * correction for z <= m.
+
+    One fused multiply-add per column instead of a subtraction and a multiplication. `shift` is rounded; `correction`
+    takes exactly that rounding back, so that a large offset common to all logits costs no accuracy. Beyond 1e38, where
+    m * log2(e) would overflow, neighbouring floats are so far apart that exp(z - m) is 1 or 0 at any rate.
+    """
+    rate = tl.where(tl.abs(m) < 1e38, LOG2E, 0.5)
+    shift = m * rate
+    return rate, shift, tl.math.exp2(-tl.fma(m, rate, -shift))
+
+
+@triton.jit
+def slice_bounds(slice_index, slice_tiles, columns, VARIANT: tl.constexpr):
+    """The interior columns [begin, end) of one slice of a row; `begin` is visibly a multiple of a vector."""
+    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
+    begin = slice_index * slice_tiles * TILE
+    end = tl.maximum(begin, tl.minimum(begin + slice_tiles * TILE, columns))
+    return begin, end
 
 
 @triton.jit
@@ -80,7 +108,8 @@ def interior_pointer(base, offset, head, LAYOUT: tl.constexpr, VARIANT: tl.const
     """The address of the interior's first column, with the alignment that `LAYOUT` promises told to the compiler."""
     start = offset + head  # only unit column strides have a head
     if LAYOUT != "any":
-        start = tl.multiple_of(start, VARIANT.vector)
+        # Says "a multiple of vector" in arithmetic: tl.multiple_of would be lost where the addition folds away.
+        start = start // VARIANT.vector * VARIANT.vector
     return base + start
 
 
@@ -96,8 +125,10 @@ def tile_columns(VARIANT: tl.constexpr):
 @triton.jit
 def column_offsets(columns, stride_column, VARIANT: tl.constexpr):
     if VARIANT.unit_stride:
-        return columns
-    return columns.to(tl.int64) * stride_column
+        offsets = columns
+    else:
+        offsets = columns.to(tl.int64) * stride_column
+    return offsets
 
 
 @triton.jit
@@ -127,12 +158,14 @@ def fold_tile(
     tile_max = tl.max(tl.max(x, 2, keep_dims=True), 0, keep_dims=True)  # (1, lanes, 1)
     new_max = tl.maximum(lane_max, tile_max)
     reference = transformed(new_max, logit_scale, softcap, VARIANT)
+    rate, shift, correction = exp_terms(reference)
     z = transformed(x, logit_scale, softcap, VARIANT)
     if MASKED and VARIANT.softcap:
         z = tl.where(exists, z, float("-inf"))  # a capped -inf is a real logit; a missing column is not
-    exps = exp_difference(z, reference)
+    exps = tl.math.exp2(tl.fma(z, rate, -shift))
+    tile_sum = tl.sum(tl.sum(exps, 2, keep_dims=True), 0, keep_dims=True) * correction
     rescale = exp_difference(transformed(lane_max, logit_scale, softcap, VARIANT), reference)
-    return new_max, lane_sum * rescale + tl.sum(tl.sum(exps, 2, keep_dims=True), 0, keep_dims=True)
+    return new_max, lane_sum * rescale + tile_sum
 
 
 @triton.jit
@@ -229,12 +262,12 @@ def fill_row(row, interior, head, columns, begin, end, V, slice_index, value, st
 
 @triton.jit
 def gradient_values(
-    x, column, exists, reference, log_sum, probability_scale, smoothing_factor, weights, logit_scale, softcap,
+    x, column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale, softcap,
     MASKED: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dL/dx of these columns but for the target's own term, and their share of sum_j w_j (lse - z_j)."""
     z = transformed(x, logit_scale, softcap, VARIANT)
-    g = exp_difference(z, reference) * probability_scale
+    g = tl.math.exp2(tl.fma(z, rate, -shift)) * probability_scale
     smoothing = 0.0
     if VARIANT.smoothing:
         if weights is not None:
@@ -245,13 +278,13 @@ def gradient_values(
         smoothing = tl.sum(tl.where(w != 0.0, w * ((reference - z) + log_sum), 0.0))
         g = g - smoothing_factor * w
     if VARIANT.softcap or VARIANT.scale:
-        g = g * transform_derivative(z, logit_scale, softcap, VARIANT)
+        g = g * transform_derivative(x, logit_scale, softcap, VARIANT)
     return g, smoothing
 
 
 @triton.jit
 def gradient_tile(
-    logits_interior, gradient_interior, start, end, head, reference, log_sum, probability_scale, smoothing_factor,
+    logits_interior, gradient_interior, start, end, head, reference, rate, shift, log_sum, probability_scale, smoothing_factor,
     weights, stride_column, gradient_stride_column, logit_scale, softcap, MASKED: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     first, within = tile_columns(VARIANT)
@@ -263,7 +296,7 @@ def gradient_tile(
     else:
         x = tl.load(pointers, eviction_policy="evict_first").to(tl.float32)
     g, smoothing = gradient_values(
-        x, head + column, exists, reference, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
+        x, head + column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
         softcap, MASKED, VARIANT,
     )  # fmt: skip
     if gradient_interior is not None:
@@ -295,25 +328,26 @@ def row_gradient(
         spread += smoothing_factor * weight_total
     if VARIANT.z_loss:
         spread += 2.0 * z_factor * (reference + log_sum)
-    probability_scale = (target_factor + spread) / row_sum
+    rate, shift, correction = exp_terms(reference)
+    probability_scale = (target_factor + spread) / row_sum * correction
 
     smoothing = tl.full((), 0.0, tl.float32)
     full_end = begin + (end - begin) // TILE * TILE
     for start in range(begin, full_end, TILE):
         smoothing += gradient_tile(
-            logits_interior, gradient_interior, start, end, head, reference, log_sum, probability_scale,
+            logits_interior, gradient_interior, start, end, head, reference, rate, shift, log_sum, probability_scale,
             smoothing_factor, weights, stride_column, gradient_stride_column, logit_scale, softcap, False, VARIANT,
         )  # fmt: skip
     if full_end < end:
         smoothing += gradient_tile(
-            logits_interior, gradient_interior, full_end, end, head, reference, log_sum, probability_scale,
+            logits_interior, gradient_interior, full_end, end, head, reference, rate, shift, log_sum, probability_scale,
             smoothing_factor, weights, stride_column, gradient_stride_column, logit_scale, softcap, True, VARIANT,
         )  # fmt: skip
     if VARIANT.edges:
         column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
         x = tl.load(logits_row + column_offsets(column, stride_column, VARIANT), mask=exists, other=float("-inf"))
         g, edge_smoothing = gradient_values(
-            x.to(tl.float32), column, exists, reference, log_sum, probability_scale, smoothing_factor, weights,
+            x.to(tl.float32), column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights,
             logit_scale, softcap, True, VARIANT,
         )  # fmt: skip
         smoothing += edge_smoothing
@@ -335,7 +369,7 @@ def row_gradient(
         if VARIANT.smoothing:
             g_y -= smoothing_factor * w_y
         if VARIANT.softcap or VARIANT.scale:
-            g_y = g_y * transform_derivative(z_y, logit_scale, softcap, VARIANT)
+            g_y = g_y * transform_derivative(x_y, logit_scale, softcap, VARIANT)
         target_pointer = gradient_row + column_offsets(y, gradient_stride_column, VARIANT)
         tl.store(target_pointer, g_y.to(gradient_row.dtype.element_ty), mask=in_slice)
     return smoothing
