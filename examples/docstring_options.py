@@ -63,7 +63,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None) -> a
     add = parser.add_argument
     add("--alpha", type=non_negative_number, default=0.4, help="exponent of the power law; 0 is cross entropy")
     add("--eps", type=positive_number, default=1.0, help="added to every count")
-    add("--steps", type=positive_integer, default=100, help="optimiser steps of each run")
+    add("--steps", type=positive_integer, default=80, help="optimiser steps of each run")
     add("--batch-size", type=positive_integer, default=4, help="sequences per step")
     add("--sequence-length", type=positive_integer, default=128, help="tokens per sequence")
     add("--held-out-sequences", type=positive_integer, default=128, help="sequences to evaluate on, at most")

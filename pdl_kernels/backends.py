@@ -52,7 +52,7 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     return triton_import_problem()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 

@@ -53,14 +53,14 @@ def check_options(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; accepted are numbers from 0 to 1")
     _check_real("z_loss", z_loss, "a finite number >= 0")
-    if not (z_loss >= 0 and math.isfinite(z_loss)):
+    if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; accepted are finite numbers >= 0")
     if softcap is not None:
         _check_real("softcap", softcap, "a finite number > 0, or None")
-        if not (softcap > 0 and math.isfinite(softcap)):
+        if not 0 < softcap < math.inf:
             raise ValueError(f"softcap is {softcap}; accepted are finite numbers > 0, or None for no cap")
     _check_real("logit_scale", logit_scale, "a finite number > 0")
-    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+    if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}; accepted are finite numbers > 0")
     return LossOptions(
         ignore_index,
@@ -86,8 +86,8 @@ def check_tensors(logits: Tensor, targets: Tensor, weights: Tensor | None, token
         raise TypeError(f"logits are {logits.dtype}; accepted are {_names(LOGITS_DTYPES)}")
     if hasattr(logits, "device_mesh"):
         raise TypeError(
-            "logits are a DTensor; accepted is a plain tensor: call .full_tensor(), or .to_local() where the vocabulary "
-            "is not sharded"
+            "logits are a DTensor; accepted is a plain tensor: .full_tensor(), or .to_local() if the vocabulary is "
+            "not sharded"
         )
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; accepted is (..., V) with V >= 1 classes")
@@ -157,10 +157,10 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str, logits: 
             return float(normalizer)
         return normalizer.detach().to(logits.device)
     _check_real("normalizer", normalizer, "a finite number >= 0 or a 0-d tensor")
-    if not (normalizer >= 0 and math.isfinite(normalizer)):
+    if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer is {normalizer}; accepted are finite numbers >= 0")
     if torch.compiler.is_compiling():  # operators take tensors, so that another number needs no compilation
-        return torch.full((), float(normalizer), dtype=torch.float64, device=logits.device)
+        return torch.full((), normalizer, dtype=torch.float64, device=logits.device)
     return float(normalizer)
 
 

@@ -20,7 +20,7 @@ TARGETS = {
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\*")
-LAUNCH_INTEGERS = ("rows", "rows_inner", "V", "ignore_index", "slice_columns", "slice_tiles", "slices", "upstream_stride")
+LAUNCH_INTEGERS = ("rows", "rows_inner", "V", "ignore_index", "slice_columns", "slice_tiles", "slices")
 
 
 class Machine(NamedTuple):

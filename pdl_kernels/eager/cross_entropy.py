@@ -166,10 +166,7 @@ def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:
         counted &= u != 0
         token_weights = torch.where(counted, u, 0)
     targets = torch.where(is_class, y, 0).long()
-    if inputs.weights is None:
-        weights = torch.ones_like(token_weights)
-    else:
-        weights = inputs.weights[targets].to(dtype)
+    weights = torch.ones_like(token_weights) if inputs.weights is None else inputs.weights[targets].to(dtype)
     return _Rows(targets, is_class, weights, token_weights, counted)
 
 

@@ -23,7 +23,9 @@ import triton.language as tl
 from pdl_kernels.kernels.rows import (
     LARGEST,
     LN2,
+    column_offsets,
     contributes,
+    edge_columns,
     exp_difference,
     fill_row,
     interior_bounds,
@@ -33,6 +35,7 @@ from pdl_kernels.kernels.rows import (
     row_max_and_sum,
     row_offset,
     slice_bounds,
+    tile_columns,
     transformed,
 )
 
@@ -45,7 +48,6 @@ UNSPECIALIZED = (
     "gradient_stride_outer",
     "gradient_stride_row",
     "upstream_stride",
-    "slice_columns",
     "slice_tiles",
     "slices",
     "ignore_index",
@@ -172,7 +174,18 @@ def loss_rows_kernel(
     if read:
         x_y = tl.load(logits_row + y.to(tl.int64) * stride_column).to(tl.float32)
         row_max, row_sum = row_max_and_sum(
-            logits_row, interior, head, columns, 0, columns, V, slice_index, stride_column, logit_scale, softcap, VARIANT
+            logits_row,
+            interior,
+            head,
+            columns,
+            0,
+            columns,
+            V,
+            slice_index,
+            stride_column,
+            logit_scale,
+            softcap,
+            VARIANT,
         )
         smoothing = tl.full((), 0.0, tl.float32)
         if VARIANT.smoothing or gradient is not None:
@@ -324,23 +337,37 @@ def gradient_rows_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def scaled_gradient(pointers, mask, factor):
+    g = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
+    return tl.where(g == 0.0, 0.0, g * factor)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scale_rows_kernel(
-    gradient, upstream, rows_inner, V, stride_outer, stride_row, stride_column, slice_columns, BLOCK: tl.constexpr
+    gradient, upstream, rows_inner, V, stride_outer, stride_row, stride_column, slice_tiles, VARIANT: tl.constexpr
 ):
     factor = tl.load(upstream).to(tl.float32)
     if factor == 1.0:
         return
+    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
     offset = row_offset(tl.program_id(0), rows_inner, stride_outer, stride_row)
-    begin = tl.program_id(1) * slice_columns
-    end = tl.minimum(begin + slice_columns, V)
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        pointers = gradient + offset + column.to(tl.int64) * stride_column
-        g = tl.load(pointers, mask=column < end, other=0.0).to(tl.float32)
-        # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
-        g = tl.where(g == 0.0, 0.0, g * factor)
-        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=column < end)
+    slice_index = tl.program_id(1)
+    head, columns = interior_bounds(offset, V, VARIANT)
+    interior = interior_pointer(gradient, offset, head, VARIANT.layout, VARIANT)
+    begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
+    first, within = tile_columns(VARIANT)
+    for start in range(begin, end, TILE):
+        exists = start + first < end
+        pointers = interior + column_offsets(start + first + within, stride_column, VARIANT)
+        g = scaled_gradient(pointers, exists, factor)
+        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=exists)
+    if VARIANT.edges:
+        column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
+        pointers = gradient + offset + column_offsets(column, stride_column, VARIANT)
+        g = scaled_gradient(pointers, exists, factor)
+        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -59,17 +59,21 @@ def plan_rows(
     multiprocessors: int,
     *,
     two_passes: bool,
-    sliceable: bool,
+    smoothing: bool = False,
+    unit_stride: bool = True,
     warp_size: int = 32,
 ) -> RowLaunch:
     """Choose the shape of a row kernel's launch from sizes alone.
 
     Args:
         two_passes: the row is read twice and the second read is meant to hit the second-level cache.
-        sliceable: whether a row may be spread over several programs.
+        smoothing: the kernel also streams the weights. Its loss needs the whole row's sum before the second walk, so
+            one program takes the row.
+        unit_stride: the columns of a row are neighbours in memory.
     """
     vector = VECTOR_BYTES // itemsize
-    unroll = 4  # 64 bytes in flight per thread; 8 spills at 1024 threads
+    # 64 bytes in flight per thread; 128 spill at 1024 threads, and so does anything but one vector with 64-bit offsets.
+    unroll = 4 if unit_stride else 1
     row_bytes = vocab_size * itemsize
     # 1024 threads fit on a multiprocessor at 64 registers each. One row a program, so more warps a program means fewer
     # rows in flight: about 4 up to 64 KB, 2 up to 128 KB, 1 beyond, which keeps the rows in flight on an H200 under 40
@@ -77,10 +81,10 @@ def plan_rows(
     max_warps = 8
     if two_passes:
         max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
-    max_warps = min(max_warps, 1024 // warp_size)
+    max_warps = min(max_warps, (512 if smoothing else 1024) // warp_size)  # registers: smoothing spills at 1024 threads
     warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
 
-    few_rows = sliceable and 0 < rows < 2 * multiprocessors
+    few_rows = not smoothing and 0 < rows < 2 * multiprocessors
     if few_rows:
         warps = min(warps, 8)
     tiles = -(-vocab_size // (warps * warp_size * vector * unroll))
@@ -93,7 +97,7 @@ class _Device(NamedTuple):
     warp_size: int
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device(device: torch.device) -> _Device:
     if device.type == "cpu":
         return _Device(INTERPRETER_MULTIPROCESSORS, 32)
@@ -114,20 +118,27 @@ def _on_device(tensor: Tensor) -> Iterator[None]:
 def row_alignment(tensor: Tensor) -> tuple[bool, bool]:
     """(the storage starts on 16 bytes and the last stride is 1, every row starts on 16 bytes)."""
     vector = VECTOR_BYTES // tensor.element_size()
-    based = tensor.data_ptr() % VECTOR_BYTES == 0 and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1)
-    strides = [tensor.stride(d) for d in range(tensor.dim() - 1) if tensor.shape[d] > 1]
-    return based, based and all(stride % vector == 0 for stride in strides)
+    based = tensor.data_ptr() % VECTOR_BYTES == 0 and has_unit_stride(tensor)
+    return based, based and all(stride % vector == 0 for stride in row_strides(tensor))
 
 
-def make_variant(inputs: LossInputs, options: LossOptions, gradient: Tensor | None, launch: RowLaunch) -> Variant:
-    """What to compile for these tensors and options."""
-    logits = inputs.logits
+def row_strides(tensor: Tensor) -> list[int]:
+    """The strides between rows that matter: those of dimensions with more than one entry."""
+    return [tensor.stride(d) for d in range(tensor.dim() - 1) if tensor.shape[d] > 1]
+
+
+def has_unit_stride(tensor: Tensor) -> bool:
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, launch: RowLaunch) -> Variant:
+    """What to compile for (rows_outer, rows_inner, V) logits, a gradient of the same shape, and these options."""
     based, aligned = row_alignment(logits)
     layout = "aligned" if aligned else "head" if based else "any"
     gradient_layout = "any"
     if gradient is not None and layout != "any":
         gradient_based, gradient_aligned = row_alignment(gradient)
-        if (aligned and gradient_aligned) or (gradient_based and gradient.stride()[:2] == logits.stride()[:2]):
+        if (aligned and gradient_aligned) or (gradient_based and row_strides(gradient) == row_strides(logits)):
             gradient_layout = layout
     vector = VECTOR_BYTES // logits.element_size()
     return Variant(
@@ -139,8 +150,8 @@ def make_variant(inputs: LossInputs, options: LossOptions, gradient: Tensor | No
         stats=options.return_stats,
         layout=layout,
         gradient_layout=gradient_layout,
-        unit_stride=logits.stride(-1) == 1 or logits.shape[-1] == 1,
-        edges=layout == "head" or inputs.vocab_size % vector != 0,
+        unit_stride=has_unit_stride(logits),
+        edges=layout == "head" or logits.shape[-1] % vector != 0,
         vector=vector,
         lanes=launch.lanes,
         unroll=launch.unroll,
@@ -160,11 +171,11 @@ class _RowCall:
             inputs.logits.element_size(),
             device.multiprocessors,
             two_passes=two_passes,
-            sliceable=options.label_smoothing
-            == 0,  # the smoothing term needs the whole row's sum before its second walk
+            smoothing=options.label_smoothing > 0,
+            unit_stride=has_unit_stride(inputs.logits),
             warp_size=device.warp_size,
         )
-        self.variant = make_variant(inputs, options, gradient, self.plan)
+        self.variant = make_variant(inputs.logits, options, gradient, self.plan)
         strides = inputs.logits.stride()
         self.tensors = (inputs.targets, inputs.weights, inputs.token_weights)
         self.shape = (inputs.rows, inputs.logits.shape[1], inputs.vocab_size, *strides)
@@ -270,13 +281,14 @@ def adjust(
         return
     device = _device(gradient.device)
     plan = plan_rows(
-        rows, V, gradient.element_size(), device.multiprocessors, two_passes=False, sliceable=True,
-        warp_size=device.warp_size,
+        rows, V, gradient.element_size(), device.multiprocessors, two_passes=False,
+        unit_stride=has_unit_stride(gradient), warp_size=device.warp_size,
     )  # fmt: skip
+    variant = make_variant(gradient, LossOptions(), None, plan)
     with _on_device(gradient):
         kernels.scale_rows_kernel[(rows, plan.slices)](
-            gradient, upstream, rows_inner, V, *gradient.stride(), -(-V // plan.slices), REDUCE_BLOCK,
-            num_warps=8, **COMPILE_OPTIONS,
+            gradient, upstream, rows_inner, V, *gradient.stride(), plan.slice_tiles, variant,
+            num_warps=plan.warps, **COMPILE_OPTIONS,
         )  # fmt: skip
 
 

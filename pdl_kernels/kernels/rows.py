@@ -37,7 +37,7 @@ def scaled(x, logit_scale, VARIANT: tl.constexpr):
 
 @triton.jit
 def transformed(x, logit_scale, softcap, VARIANT: tl.constexpr):
-    """The logits z that the loss sees: scaled, then capped. Increasing in x, so that x alone decides a row's maximum."""
+    """The logits z that the loss sees: scaled, then capped. Increasing in x, so that x decides a row's maximum."""
     z = scaled(x, logit_scale, VARIANT)
     if VARIANT.softcap:
         z = softcap * tanh(z / softcap)
@@ -262,8 +262,8 @@ def fill_row(row, interior, head, columns, begin, end, V, slice_index, value, st
 
 @triton.jit
 def gradient_values(
-    x, column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale, softcap,
-    MASKED: tl.constexpr, VARIANT: tl.constexpr,
+    x, column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
+    softcap, MASKED: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dL/dx of these columns but for the target's own term, and their share of sum_j w_j (lse - z_j)."""
     z = transformed(x, logit_scale, softcap, VARIANT)
@@ -284,8 +284,9 @@ def gradient_values(
 
 @triton.jit
 def gradient_tile(
-    logits_interior, gradient_interior, start, end, head, reference, rate, shift, log_sum, probability_scale, smoothing_factor,
-    weights, stride_column, gradient_stride_column, logit_scale, softcap, MASKED: tl.constexpr, VARIANT: tl.constexpr,
+    logits_interior, gradient_interior, start, end, head, reference, rate, shift, log_sum, probability_scale,
+    smoothing_factor, weights, stride_column, gradient_stride_column, logit_scale, softcap, MASKED: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):  # fmt: skip
     first, within = tile_columns(VARIANT)
     column = start + first + within
@@ -296,8 +297,8 @@ def gradient_tile(
     else:
         x = tl.load(pointers, eviction_policy="evict_first").to(tl.float32)
     g, smoothing = gradient_values(
-        x, head + column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
-        softcap, MASKED, VARIANT,
+        x, head + column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights,
+        logit_scale, softcap, MASKED, VARIANT,
     )  # fmt: skip
     if gradient_interior is not None:
         pointers = gradient_interior + column_offsets(column, gradient_stride_column, VARIANT)
@@ -307,6 +308,28 @@ def gradient_tile(
         else:
             tl.store(pointers, g, eviction_policy="evict_first")
     return smoothing
+
+
+@triton.jit
+def store_target_column(
+    gradient_row, gradient_interior, head, begin, end, y, g_y, stride_column, VARIANT: tl.constexpr
+):
+    """Write the target's gradient over the bulk store's, if it lies in interior columns [begin, end).
+
+    No race: a row's slices are disjoint, so only this program writes the column; and this store has a tile's last two
+    dimensions, hence its layout, so that the thread that wrote the column in bulk writes it again, later in program
+    order. A store by any other thread would need more than the barrier, which on AMD does not wait for stores.
+    """
+    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    column = y - head
+    if (column >= begin) & (column < end):
+        lane = tl.arange(0, VARIANT.lanes)[None, :, None]
+        within = tl.arange(0, VARIANT.vector)[None, None, :]
+        columns = column // BLOCK * BLOCK + lane * VARIANT.vector + within
+        pointers = gradient_interior + column_offsets(columns, stride_column, VARIANT)
+        values = tl.zeros((1, VARIANT.lanes, VARIANT.vector), tl.float32) + g_y
+        tl.debug_barrier()
+        tl.store(pointers, values.to(gradient_row.dtype.element_ty), mask=columns == column)
 
 
 @triton.jit
@@ -347,29 +370,23 @@ def row_gradient(
         column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
         x = tl.load(logits_row + column_offsets(column, stride_column, VARIANT), mask=exists, other=float("-inf"))
         g, edge_smoothing = gradient_values(
-            x.to(tl.float32), column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights,
-            logit_scale, softcap, True, VARIANT,
+            x.to(tl.float32), column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor,
+            weights, logit_scale, softcap, True, VARIANT,
         )  # fmt: skip
         smoothing += edge_smoothing
-        if gradient_row is not None:
-            pointers = gradient_row + column_offsets(column, gradient_stride_column, VARIANT)
-            tl.store(pointers, g.to(gradient_row.dtype.element_ty), mask=exists)
 
     if gradient_row is not None:
-        # The target column is written a second time: its value p_y - 1 is formed in float32 and never read back.
-        # The barrier orders this store, by one thread, after the bulk stores of all threads of the program; no other
-        # program writes the column, because the slices of a row are disjoint.
-        tl.debug_barrier()
-        in_slice = (y >= head + begin) & (y < head + end)
-        if VARIANT.edges:
-            in_slice = in_slice | ((slice_index == 0) & ((y < head) | (y >= head + columns)))
         z_y = transformed(x_y, logit_scale, softcap, VARIANT)
         exp_y = exp_difference(z_y, reference)
+        # p_y - 1 is formed in float32 from the sum without the target, and stored once.
         g_y = (spread * exp_y - target_factor * (row_sum - exp_y)) / row_sum
         if VARIANT.smoothing:
             g_y -= smoothing_factor * w_y
         if VARIANT.softcap or VARIANT.scale:
             g_y = g_y * transform_derivative(x_y, logit_scale, softcap, VARIANT)
-        target_pointer = gradient_row + column_offsets(y, gradient_stride_column, VARIANT)
-        tl.store(target_pointer, g_y.to(gradient_row.dtype.element_ty), mask=in_slice)
+        store_target_column(gradient_row, gradient_interior, head, begin, end, y, g_y, gradient_stride_column, VARIANT)
+        if VARIANT.edges:
+            pointers = gradient_row + column_offsets(column, gradient_stride_column, VARIANT)
+            g = tl.where(column == y, g_y, g)
+            tl.store(pointers, g.to(gradient_row.dtype.element_ty), mask=exists)
     return smoothing

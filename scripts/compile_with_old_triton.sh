@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Compiles every kernel ahead of time with another Triton, in an environment of its own:  compile_with_old_triton.sh 3.6.0
+set -euo pipefail
+cd "$(dirname "$0")/.."
+triton=${1:?usage: compile_with_old_triton.sh VERSION}
+venv=.venv-triton-$triton
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+"$venv/bin/python" -m pip install -q torch==2.13.0
+"$venv/bin/python" -m pip install -q "triton==$triton" numpy pytest pytest-timeout hypothesis expecttest
+PYTHONPATH=. "$venv/bin/python" -m pytest tests/test_compilation.py tests/test_launch.py "${@:2}"

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Makes .venv with the package and the extras named as arguments; does nothing when it is up to date.
+#
+#   scripts/setup.sh test training
+#
+# torch comes first, so that nothing else decides which build of it is installed. A CUDA or ROCm torch that the system
+# already has is used, with the Triton it pins. Set PYTHON to choose the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+TORCH=2.13.0        # the version that CPU environments are tested with
+CPU_TRITON=3.9.0    # a CPU torch brings no Triton; the interpreter and ahead-of-time compilation need one
+extras=$(IFS=,; echo "$*")
+
+stamp="$VENV/.installed-$(echo "$extras" | tr ',' '-')"
+if [ -f "$stamp" ] && [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt scripts/setup.sh ]; then
+    exit 0
+fi
+
+accelerated() { "$1" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' 2>/dev/null; }
+
+if [ ! -x "$VENV/bin/python" ]; then
+    if accelerated "$PYTHON"; then
+        "$PYTHON" -m venv --system-site-packages "$VENV"
+    else
+        "$PYTHON" -m venv "$VENV"
+    fi
+fi
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+python="$VENV/bin/python"
+"$python" -c 'import torch' 2>/dev/null || "$python" -m pip install -q "torch==$TORCH"
+if [ "$(uname -s)" = Linux ] && ! accelerated "$python"; then
+    "$python" -m pip install -q "triton==$CPU_TRITON"
+fi
+"$python" -m pip install -q -e ".[$extras]"
+touch "$stamp"
+"$python" - <<'P'
+import torch
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+print(f"environment ready: torch {torch.__version__} on {device}")
+P
