@@ -34,7 +34,7 @@ class Machine(NamedTuple):
     assembly: str
 
 
-def compile_kernel(kernel: Any, target: str, arguments: dict[str, Any], num_warps: int, **options: Any) -> Any:
+def compile_kernel(kernel: Any, target: str, arguments: dict[str, Any], **options: Any) -> Any:
     """Compile `kernel` as its launcher would.
 
     Args:
@@ -55,9 +55,7 @@ def compile_kernel(kernel: Any, target: str, arguments: dict[str, Any], num_warp
             if kind.endswith("!"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(
-        source, target=TARGETS[target], options={"num_warps": num_warps, "enable_fp_fusion": True, **options}
-    )
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def machine_code(compiled: Any) -> Machine:

@@ -103,9 +103,9 @@ def compile_case(case: Case) -> dict[str, Any]:
     arguments = aot.row_arguments(
         kernel, variant, dtype=case.dtype, gradient=case.gradient, divisible=V % 16 == 0, **dict(case.arguments)
     )
-    warps = plan.warps
+    compile_options = launch.row_compile_options(plan, limits_registers=case.target != "gfx942")
     if case.kernel in ("denominators_kernel", "reduce_rows_kernel"):
-        warps = 8
+        compile_options = {"num_warps": 8, **launch.COMPILE_OPTIONS}
         arguments.update(
             normalizer="*fp32", token_count="*i64!", loss="*fp32!", REDUCTION=("constexpr", "mean"),
             NUMBER=("constexpr", False), SUM_WEIGHTS=("constexpr", True), STATS=("constexpr", True),
@@ -113,8 +113,8 @@ def compile_case(case: Case) -> dict[str, Any]:
         )  # fmt: skip
         arguments = {name: arguments[name] for name in kernel.arg_names}
     elif case.kernel == "merge_rows_kernel":
-        warps = 1
-    compiled = aot.compile_kernel(kernel, case.target, arguments, warps)
+        compile_options = {"num_warps": 1, **launch.COMPILE_OPTIONS}
+    compiled = aot.compile_kernel(kernel, case.target, arguments, **compile_options)
     machine = aot.machine_code(compiled)
     memory = {name: n for name, n in machine.opcodes.items() if name.startswith(("LDG", "STG", "global_"))}
     bulk = [
@@ -126,7 +126,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     return {
         "id": case.id,
         "case": case._replace(options=list(case.options))._asdict(),
-        "warps": warps,
+        "warps": compile_options["num_warps"],
         "registers": machine.registers,
         "spills": machine.spills,
         "shared_bytes": machine.shared_bytes,

@@ -23,6 +23,7 @@ import triton.language as tl
 from pdl_kernels.kernels.rows import (
     LARGEST,
     LN2,
+    block_columns,
     column_offsets,
     contributes,
     edge_columns,
@@ -35,7 +36,6 @@ from pdl_kernels.kernels.rows import (
     row_max_and_sum,
     row_offset,
     slice_bounds,
-    tile_columns,
     transformed,
 )
 
@@ -156,13 +156,13 @@ def loss_rows_kernel(
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
     logits_row = logits + offset
-    interior = interior_pointer(logits, offset, head, VARIANT.layout, VARIANT)
+    interior = interior_pointer(logits, offset, head, VARIANT.layout != "any", VARIANT)
     gradient_row = None
     gradient_interior = None
     if gradient is not None:
         gradient_offset = row_offset(row, rows_inner, gradient_stride_outer, gradient_stride_row)
         gradient_row = gradient + gradient_offset
-        gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout, VARIANT)
+        gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout != "any", VARIANT)
     y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
         row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
     )
@@ -234,7 +234,7 @@ def slice_rows_kernel(
     slice_index = tl.program_id(1)
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
-    interior = interior_pointer(logits, offset, head, VARIANT.layout, VARIANT)
+    interior = interior_pointer(logits, offset, head, VARIANT.layout != "any", VARIANT)
     _, _, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
         row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
     )
@@ -309,10 +309,10 @@ def gradient_rows_kernel(
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
     logits_row = logits + offset
-    interior = interior_pointer(logits, offset, head, VARIANT.layout, VARIANT)
+    interior = interior_pointer(logits, offset, head, VARIANT.layout != "any", VARIANT)
     gradient_offset = row_offset(row, rows_inner, gradient_stride_outer, gradient_stride_row)
     gradient_row = gradient + gradient_offset
-    gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout, VARIANT)
+    gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout != "any", VARIANT)
     begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
     y, w_y, _, invalid, target_factor, smoothing_factor, z_factor = row_factors(
         row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, upstream_value,
@@ -351,18 +351,17 @@ def scale_rows_kernel(
     factor = tl.load(upstream).to(tl.float32)
     if factor == 1.0:
         return
-    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
+    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
     offset = row_offset(tl.program_id(0), rows_inner, stride_outer, stride_row)
     slice_index = tl.program_id(1)
     head, columns = interior_bounds(offset, V, VARIANT)
-    interior = interior_pointer(gradient, offset, head, VARIANT.layout, VARIANT)
+    interior = interior_pointer(gradient, offset, head, VARIANT.layout != "any", VARIANT)
     begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
-    first, within = tile_columns(VARIANT)
-    for start in range(begin, end, TILE):
-        exists = start + first < end
-        pointers = interior + column_offsets(start + first + within, stride_column, VARIANT)
-        g = scaled_gradient(pointers, exists, factor)
-        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=exists)
+    for start in range(begin, end, BLOCK):
+        first, block = block_columns(start, VARIANT)
+        pointers = interior + column_offsets(block, stride_column, VARIANT)
+        g = scaled_gradient(pointers, first < end, factor)
+        tl.store(pointers, g.to(gradient.dtype.element_ty), mask=first < end)
     if VARIANT.edges:
         column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
         pointers = gradient + offset + column_offsets(column, stride_column, VARIANT)

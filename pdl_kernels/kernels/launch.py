@@ -44,6 +44,7 @@ class RowLaunch(NamedTuple):
     lanes: int
     unroll: int
     warps: int
+    registers: int  # at most so many per thread, on NVIDIA
     slices: int
     slice_tiles: int  # a tile is unroll * lanes vectors
 
@@ -81,7 +82,9 @@ def plan_rows(
     max_warps = 8
     if two_passes:
         max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
-    max_warps = min(max_warps, (512 if smoothing else 1024) // warp_size)  # registers: smoothing spills at 1024 threads
+    # Streaming the weights too, or 64-bit offsets, take twice the registers, hence at most half the threads.
+    heavy = smoothing or not unit_stride
+    max_warps = min(max_warps, (512 if heavy else 1024) // warp_size)
     warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
 
     few_rows = not smoothing and 0 < rows < 2 * multiprocessors
@@ -89,20 +92,21 @@ def plan_rows(
         warps = min(warps, 8)
     tiles = -(-vocab_size // (warps * warp_size * vector * unroll))
     slice_tiles = -(-tiles // min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)) if few_rows else tiles
-    return RowLaunch(warps * warp_size, unroll, warps, -(-tiles // slice_tiles), slice_tiles)
+    return RowLaunch(warps * warp_size, unroll, warps, 128 if heavy else 64, -(-tiles // slice_tiles), slice_tiles)
 
 
 class _Device(NamedTuple):
     multiprocessors: int
     warp_size: int
+    limits_registers: bool
 
 
 @functools.cache
 def _device(device: torch.device) -> _Device:
     if device.type == "cpu":
-        return _Device(INTERPRETER_MULTIPROCESSORS, 32)
+        return _Device(INTERPRETER_MULTIPROCESSORS, 32, False)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+    return _Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), torch.version.hip is None)
 
 
 @contextmanager
@@ -158,6 +162,12 @@ def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, 
     )
 
 
+def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, Any]:
+    """Keyword arguments of a row kernel's launch. Without the limit the assembler at times spills for occupancy."""
+    limit = {"maxnreg": plan.registers} if limits_registers else {}
+    return {"num_warps": plan.warps, **limit, **COMPILE_OPTIONS}
+
+
 class _RowCall:
     """One call's row kernels: their plan, their variant and the arguments that they share."""
 
@@ -187,7 +197,7 @@ class _RowCall:
             float(options.softcap or 1.0),
             float(options.logit_scale),
         )
-        self.compile_options: dict[str, Any] = {"num_warps": self.plan.warps, **COMPILE_OPTIONS}
+        self.compile_options = row_compile_options(self.plan, device.limits_registers)
 
     def loss_rows(self, scalars: Tensor, row_loss: Tensor, row_state: Tensor, row_stats: Tensor | None) -> None:
         kernels.loss_rows_kernel[(self.inputs.rows,)](
@@ -288,7 +298,7 @@ def adjust(
     with _on_device(gradient):
         kernels.scale_rows_kernel[(rows, plan.slices)](
             gradient, upstream, rows_inner, V, *gradient.stride(), plan.slice_tiles, variant,
-            num_warps=plan.warps, **COMPILE_OPTIONS,
+            **row_compile_options(plan, device.limits_registers),
         )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """The mathematics of one row, as device functions that every kernel shares.
 
 A row's columns are an *interior*, which starts on 16 bytes and whose length is a multiple of `VARIANT.vector` columns,
-and up to 2 * (vector - 1) *edge* columns around it. The interior is walked in tiles of shape (unroll, lanes, vector):
-one 16-byte vector per thread and step, so that sums over the first and last axis stay inside a thread.
+and up to 2 * (vector - 1) *edge* columns around it. The interior is walked in tiles of `unroll` blocks of shape
+(lanes, vector): one 16-byte vector per thread and block, so that sums over the last axis and over blocks stay inside a
+thread. All blocks have one shape and hence one layout: a column always belongs to the same thread.
 """
 
 import triton
@@ -104,22 +105,38 @@ def interior_bounds(offset, V, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def interior_pointer(base, offset, head, LAYOUT: tl.constexpr, VARIANT: tl.constexpr):
-    """The address of the interior's first column, with the alignment that `LAYOUT` promises told to the compiler."""
+def interior_pointer(base, offset, head, ALIGNED: tl.constexpr, VARIANT: tl.constexpr):
+    """The address of the interior's first column, which the compiler is told starts on 16 bytes if ALIGNED."""
     start = offset + head  # only unit column strides have a head
-    if LAYOUT != "any":
+    if ALIGNED:
         # Says "a multiple of vector" in arithmetic: tl.multiple_of would be lost where the addition folds away.
         start = start // VARIANT.vector * VARIANT.vector
     return base + start
 
 
 @triton.jit
-def tile_columns(VARIANT: tl.constexpr):
-    """(unroll, lanes, 1) first column of each thread's vector, (1, 1, vector) columns within it."""
-    step = tl.arange(0, VARIANT.unroll)[:, None, None]
-    lane = tl.arange(0, VARIANT.lanes)[None, :, None]
-    first = (step * VARIANT.lanes + lane) * VARIANT.vector
-    return first, tl.arange(0, VARIANT.vector)[None, None, :]
+def block_columns(start, VARIANT: tl.constexpr):
+    """(lanes, 1) the first column of each vector, (lanes, vector) all columns, of the block that begins at `start`."""
+    first = start + tl.arange(0, VARIANT.lanes)[:, None] * VARIANT.vector
+    return first, first + tl.arange(0, VARIANT.vector)[None, :]
+
+
+@triton.jit
+def load_blocks(interior, start, end, stride_column, POLICY: tl.constexpr, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+    """A tile's blocks, as stored. All loads come before any use or store, so that they are in flight together."""
+    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    UNROLL: tl.constexpr = VARIANT.unroll
+    blocks = ()
+    for step in tl.static_range(UNROLL):
+        first, columns = block_columns(start + step * BLOCK, VARIANT)
+        pointers = interior + column_offsets(columns, stride_column, VARIANT)
+        if MASKED:
+            # Constant over each vector, because `end` is a multiple of its length: the load stays 16 bytes wide.
+            block = tl.load(pointers, mask=first < end, other=float("-inf"), eviction_policy=POLICY)
+        else:
+            block = tl.load(pointers, eviction_policy=POLICY)
+        blocks = blocks + (block,)
+    return blocks
 
 
 @triton.jit
@@ -147,25 +164,24 @@ def fold_tile(
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Merge one tile into each lane's running (max of x, sum of exp(z - z of that max)), z = transformed(x)."""
-    first, within = tile_columns(VARIANT)
-    pointers = interior + column_offsets(start + first + within, stride_column, VARIANT)
-    if MASKED:
-        # Constant over each vector, because `end` is a multiple of its length: the load stays 16 bytes wide.
-        exists = start + first < end
-        x = tl.load(pointers, mask=exists, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-    else:
-        x = tl.load(pointers, eviction_policy="evict_last").to(tl.float32)
-    tile_max = tl.max(tl.max(x, 2, keep_dims=True), 0, keep_dims=True)  # (1, lanes, 1)
-    new_max = tl.maximum(lane_max, tile_max)
+    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    UNROLL: tl.constexpr = VARIANT.unroll
+    blocks = load_blocks(interior, start, end, stride_column, "evict_last", MASKED, VARIANT)
+    tile_max = blocks[0].to(tl.float32)
+    for step in tl.static_range(1, UNROLL):
+        tile_max = tl.maximum(tile_max, blocks[step].to(tl.float32))
+    new_max = tl.maximum(lane_max, tl.max(tile_max, 1, keep_dims=True))  # (lanes, 1)
     reference = transformed(new_max, logit_scale, softcap, VARIANT)
     rate, shift, correction = exp_terms(reference)
-    z = transformed(x, logit_scale, softcap, VARIANT)
-    if MASKED and VARIANT.softcap:
-        z = tl.where(exists, z, float("-inf"))  # a capped -inf is a real logit; a missing column is not
-    exps = tl.math.exp2(tl.fma(z, rate, -shift))
-    tile_sum = tl.sum(tl.sum(exps, 2, keep_dims=True), 0, keep_dims=True) * correction
+    exps = tl.full((VARIANT.lanes, VARIANT.vector), 0.0, tl.float32)
+    for step in tl.static_range(UNROLL):
+        z = transformed(blocks[step].to(tl.float32), logit_scale, softcap, VARIANT)
+        if MASKED and VARIANT.softcap:
+            first, _ = block_columns(start + step * BLOCK, VARIANT)
+            z = tl.where(first < end, z, float("-inf"))  # a capped -inf is a real logit; a missing column is not
+        exps += tl.math.exp2(tl.fma(z, rate, -shift))
     rescale = exp_difference(transformed(lane_max, logit_scale, softcap, VARIANT), reference)
-    return new_max, lane_sum * rescale + tile_sum
+    return new_max, lane_sum * rescale + tl.sum(exps, 1, keep_dims=True) * correction
 
 
 @triton.jit
@@ -178,8 +194,8 @@ def row_max_and_sum(
     the lowest value gives V, and a row wholly -inf gives a sum of 0, hence a loss of nan as in torch.
     """
     TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
-    lane_max = tl.full((1, VARIANT.lanes, 1), -LARGEST, tl.float32)
-    lane_sum = tl.zeros((1, VARIANT.lanes, 1), tl.float32)
+    lane_max = tl.full((VARIANT.lanes, 1), -LARGEST, tl.float32)
+    lane_sum = tl.full((VARIANT.lanes, 1), 0.0, tl.float32)
     full_end = begin + (end - begin) // TILE * TILE
     for start in range(begin, full_end, TILE):
         lane_max, lane_sum = fold_tile(
@@ -248,12 +264,11 @@ def contributes(target_factor, smoothing_factor, z_factor):
 @triton.jit
 def fill_row(row, interior, head, columns, begin, end, V, slice_index, value, stride_column, VARIANT: tl.constexpr):
     """Write `value` to interior columns [begin, end) and, if asked, the edges."""
-    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
-    first, within = tile_columns(VARIANT)
-    values = tl.full((VARIANT.unroll, VARIANT.lanes, VARIANT.vector), value, tl.float32).to(row.dtype.element_ty)
-    for start in range(begin, end, TILE):
-        pointers = interior + column_offsets(start + first + within, stride_column, VARIANT)
-        tl.store(pointers, values, mask=start + first < end)
+    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    values = tl.full((VARIANT.lanes, VARIANT.vector), value, tl.float32).to(row.dtype.element_ty)
+    for start in range(begin, end, BLOCK):
+        first, block = block_columns(start, VARIANT)
+        tl.store(interior + column_offsets(block, stride_column, VARIANT), values, mask=first < end)
     if VARIANT.edges:
         column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
         edge_values = tl.full((2 * VARIANT.vector,), value, tl.float32).to(row.dtype.element_ty)
@@ -288,25 +303,25 @@ def gradient_tile(
     smoothing_factor, weights, stride_column, gradient_stride_column, logit_scale, softcap, MASKED: tl.constexpr,
     VARIANT: tl.constexpr,
 ):  # fmt: skip
-    first, within = tile_columns(VARIANT)
-    column = start + first + within
-    exists = start + first < end
-    pointers = logits_interior + column_offsets(column, stride_column, VARIANT)
-    if MASKED:
-        x = tl.load(pointers, mask=exists, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-    else:
-        x = tl.load(pointers, eviction_policy="evict_first").to(tl.float32)
-    g, smoothing = gradient_values(
-        x, head + column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights,
-        logit_scale, softcap, MASKED, VARIANT,
-    )  # fmt: skip
-    if gradient_interior is not None:
-        pointers = gradient_interior + column_offsets(column, gradient_stride_column, VARIANT)
-        g = g.to(gradient_interior.dtype.element_ty)
-        if MASKED:
-            tl.store(pointers, g, mask=exists, eviction_policy="evict_first")
-        else:
-            tl.store(pointers, g, eviction_policy="evict_first")
+    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    UNROLL: tl.constexpr = VARIANT.unroll
+    blocks = load_blocks(logits_interior, start, end, stride_column, "evict_first", MASKED, VARIANT)
+    smoothing = tl.full((), 0.0, tl.float32)
+    for step in tl.static_range(UNROLL):
+        first, columns = block_columns(start + step * BLOCK, VARIANT)
+        exists = first < end
+        g, block_smoothing = gradient_values(
+            blocks[step].to(tl.float32), head + columns, exists, reference, rate, shift, log_sum, probability_scale,
+            smoothing_factor, weights, logit_scale, softcap, MASKED, VARIANT,
+        )  # fmt: skip
+        smoothing += block_smoothing
+        if gradient_interior is not None:
+            pointers = gradient_interior + column_offsets(columns, gradient_stride_column, VARIANT)
+            g = g.to(gradient_interior.dtype.element_ty)
+            if MASKED:
+                tl.store(pointers, g, mask=exists, eviction_policy="evict_first")
+            else:
+                tl.store(pointers, g, eviction_policy="evict_first")
     return smoothing
 
 
@@ -316,18 +331,16 @@ def store_target_column(
 ):
     """Write the target's gradient over the bulk store's, if it lies in interior columns [begin, end).
 
-    No race: a row's slices are disjoint, so only this program writes the column; and this store has a tile's last two
-    dimensions, hence its layout, so that the thread that wrote the column in bulk writes it again, later in program
-    order. A store by any other thread would need more than the barrier, which on AMD does not wait for stores.
+    No race: a row's slices are disjoint, so only this program writes the column; and this block has the layout of the
+    bulk store's, so that the thread that wrote the column in bulk writes it again, later in program order. A store by
+    any other thread would need more than the barrier, which on AMD does not wait for stores.
     """
     BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
     column = y - head
     if (column >= begin) & (column < end):
-        lane = tl.arange(0, VARIANT.lanes)[None, :, None]
-        within = tl.arange(0, VARIANT.vector)[None, None, :]
-        columns = column // BLOCK * BLOCK + lane * VARIANT.vector + within
+        _, columns = block_columns(column // BLOCK * BLOCK, VARIANT)
         pointers = gradient_interior + column_offsets(columns, stride_column, VARIANT)
-        values = tl.zeros((1, VARIANT.lanes, VARIANT.vector), tl.float32) + g_y
+        values = tl.full((VARIANT.lanes, VARIANT.vector), 0.0, tl.float32) + g_y
         tl.debug_barrier()
         tl.store(pointers, values.to(gradient_row.dtype.element_ty), mask=columns == column)
 

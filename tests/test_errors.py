@@ -1,0 +1,402 @@
+"""Errors name the argument, what came and what is accepted; and what the module promises."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import make_logits, make_targets, make_weights, run_reference
+
+from pdl_kernels import LossStats, PDLCrossEntropyLoss, pdl_cross_entropy
+
+V = 20
+
+
+@pytest.fixture
+def inputs(device):
+    return make_logits(2, 3, V, device=device), make_targets(2, 3, V=V, device=device)
+
+
+def assert_error(error, call, *words):
+    """`call` raises exactly this kind of error, and its message has all the words."""
+    with pytest.raises(error) as raised:
+        call()
+    message = str(raised.value)
+    assert raised.type is error, f"{raised.type.__name__}: {message}"
+    for word in words:
+        assert str(word) in message, f"{word!r} is missing in: {message}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options, of the function and of the module
+
+WRONG_OPTIONS = [
+    ({"reduction": "avg"}, ValueError, ["reduction", "'avg'", "'mean'", "'token_mean'", "'sum'", "'none'"]),
+    ({"reduction": None}, ValueError, ["reduction", "None", "'none'"]),
+    ({"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'auto'", "'triton'", "'eager'"]),
+    ({"label_smoothing": -0.1}, ValueError, ["label_smoothing", -0.1, "0", "1"]),
+    ({"label_smoothing": 1.5}, ValueError, ["label_smoothing", 1.5]),
+    ({"label_smoothing": float("nan")}, ValueError, ["label_smoothing", "nan"]),
+    ({"label_smoothing": "0.1"}, TypeError, ["label_smoothing", "str"]),
+    ({"z_loss": -1.0}, ValueError, ["z_loss", -1.0]),
+    ({"z_loss": float("inf")}, ValueError, ["z_loss", "inf"]),
+    ({"z_loss": None}, TypeError, ["z_loss", "NoneType"]),
+    ({"softcap": 0.0}, ValueError, ["softcap", 0.0, "None"]),
+    ({"softcap": -3.0}, ValueError, ["softcap", -3.0]),
+    ({"softcap": float("nan")}, ValueError, ["softcap", "nan"]),
+    ({"softcap": "30"}, TypeError, ["softcap", "str"]),
+    ({"logit_scale": 0.0}, ValueError, ["logit_scale", 0.0]),
+    ({"logit_scale": float("inf")}, ValueError, ["logit_scale", "inf"]),
+    ({"logit_scale": None}, TypeError, ["logit_scale", "NoneType"]),
+    ({"ignore_index": 1.0}, TypeError, ["ignore_index", "float", "integer"]),
+    ({"ignore_index": None}, TypeError, ["ignore_index", "NoneType"]),
+]
+
+
+@pytest.mark.parametrize("who", ["function", "module"])
+@pytest.mark.parametrize(("option", "error", "words"), WRONG_OPTIONS, ids=[str(o) for o, _, _ in WRONG_OPTIONS])
+def test_wrong_options(who, option, error, words, inputs):
+    if who == "function":
+        assert_error(error, lambda: pdl_cross_entropy(*inputs, **option), *words)
+    else:  # at construction, not at the first batch
+        assert_error(error, lambda: PDLCrossEntropyLoss(**option), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("weight", "weights"), ("input", "logits"), ("target", "targets"), ("temperature", "")]
+)
+def test_unknown_names(name, hint, inputs):
+    logits, targets = inputs
+    given = {"logits": logits, "targets": targets}
+    given.pop(hint, None)  # who writes input= gives no logits
+    if hint == "weights":
+        assert_error(TypeError, lambda: pdl_cross_entropy(**given, **{name: torch.ones(V)}), f"'{name}'", f"{hint}=")
+        assert_error(TypeError, lambda: PDLCrossEntropyLoss(**{name: torch.ones(V)}), f"'{name}'", f"{hint}=")
+    else:
+        with pytest.raises(TypeError, match=name if name == "temperature" else f"{name}|{hint}"):
+            pdl_cross_entropy(**given, **{name: logits})
+
+
+@pytest.mark.parametrize(("torchs", "ours"), [("input", "logits"), ("target", "targets")])
+def test_torchs_names_of_the_tensors_get_a_hint_too(torchs, ours, inputs):
+    given = dict(zip(("logits", "targets"), inputs, strict=True))
+    given[torchs] = given.pop(ours)
+    assert_error(TypeError, lambda: pdl_cross_entropy(**given), f"'{torchs}'", f"{ours}=")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "reduction", "error", "words"),
+    [
+        (-1.0, "mean", ValueError, ["normalizer", -1.0]),
+        (float("nan"), "mean", ValueError, ["normalizer", "nan"]),
+        (float("inf"), "mean", ValueError, ["normalizer", "inf"]),
+        ("4", "mean", TypeError, ["normalizer", "str"]),
+        (torch.ones(2), "mean", ValueError, ["normalizer", "(2,)", "0-d"]),
+        (torch.ones(1), "mean", ValueError, ["normalizer", "(1,)", "0-d"]),
+        (torch.tensor(1j), "mean", TypeError, ["normalizer", "complex"]),
+        (4.0, "sum", ValueError, ["normalizer", "'sum'", "'mean'"]),
+        (4.0, "none", ValueError, ["normalizer", "'none'", "'mean'"]),
+        (4.0, "token_mean", ValueError, ["normalizer", "'token_mean'", "'mean'"]),
+    ],
+)
+def test_wrong_normalizers(normalizer, reduction, error, words, inputs):
+    assert_error(error, lambda: pdl_cross_entropy(*inputs, normalizer=normalizer, reduction=reduction), *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e4m3fn])
+def test_wrong_dtype_of_logits(dtype):
+    logits = torch.zeros(2, V).to(dtype)
+    call = lambda: pdl_cross_entropy(logits, torch.zeros(2, dtype=torch.int64))  # noqa: E731
+    assert_error(TypeError, call, "logits", dtype, "float16", "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.uint8, torch.bool])
+def test_wrong_dtype_of_targets(dtype):
+    call = lambda: pdl_cross_entropy(torch.zeros(2, V), torch.zeros(2, dtype=dtype))  # noqa: E731
+    assert_error(TypeError, call, "targets", dtype, "int32", "int64")
+
+
+@pytest.mark.parametrize("name", ["weights", "token_weights"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_wrong_dtype_of_factors(name, dtype, inputs):
+    shape = (V,) if name == "weights" else (2, 3)
+    factors = torch.ones(shape, dtype=dtype, device=inputs[0].device)
+    assert_error(TypeError, lambda: pdl_cross_entropy(*inputs, **{name: factors}), name, dtype, "floating")
+
+
+@pytest.mark.parametrize("name", ["logits", "targets", "weights", "token_weights"])
+def test_what_is_no_tensor(name, inputs):
+    given = dict(zip(("logits", "targets"), inputs, strict=True)) | {name: [1.0, 2.0]}
+    assert_error(TypeError, lambda: pdl_cross_entropy(**given), name, "list", "Tensor")
+
+
+def test_logits_without_classes():
+    assert_error(ValueError, lambda: pdl_cross_entropy(torch.tensor(1.0), torch.tensor(0)), "logits", "()", "(..., V)")
+    empty = torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64)
+    assert_error(ValueError, lambda: pdl_cross_entropy(*empty), "logits", "(2, 0)")
+
+
+def test_shapes_that_do_not_match(inputs):
+    logits, targets = inputs
+    assert_error(
+        ValueError, lambda: pdl_cross_entropy(logits, targets[:1]), "targets", "(1, 3)", "(2, 3, 20)", "(2, 3)"
+    )
+    assert_error(ValueError, lambda: pdl_cross_entropy(logits, targets.view(-1)), "targets", "(6,)", "(2, 3)")
+    u = torch.ones(3, device=logits.device)
+    assert_error(
+        ValueError, lambda: pdl_cross_entropy(logits, targets, token_weights=u), "token_weights", "(3,)", "(2, 3)"
+    )
+    table = torch.ones(2, V, device=logits.device)
+    assert_error(ValueError, lambda: pdl_cross_entropy(logits, targets, table), "weights", "(2, 20)")
+
+
+@pytest.mark.lesson("table as long as the tokenizer")
+@pytest.mark.parametrize("length", [V - 1, V + 1, 1])
+def test_a_weight_table_of_another_length(length, inputs):
+    table = torch.ones(length, device=inputs[0].device)
+    call = lambda: pdl_cross_entropy(*inputs, table)  # noqa: E731
+    assert_error(ValueError, call, "weights", f"({length},)", f"({V},)", "tokenizer")
+
+
+def test_torchs_layout_gets_a_hint(inputs):
+    """torch puts the classes second: (N, C, d) logits and (N, d) targets."""
+    logits, targets = inputs
+    assert_error(ValueError, lambda: pdl_cross_entropy(logits.transpose(1, 2), targets), "targets", "class", "last")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["targets", "weights", "token_weights"])
+def test_tensors_on_another_device(name, inputs):
+    given = dict(zip(("logits", "targets"), inputs, strict=True))
+    given |= {"weights": torch.ones(V).cuda(), "token_weights": torch.ones(2, 3).cuda()}
+    given[name] = given[name].cpu()
+    assert_error(ValueError, lambda: pdl_cross_entropy(**given), name, "cpu", "cuda")
+
+
+def test_a_meta_tensor_is_on_another_device(inputs):
+    assert_error(ValueError, lambda: pdl_cross_entropy(inputs[0], inputs[1].to("meta")), "targets", "meta")
+
+
+class _Sharded(torch.Tensor):
+    """Looks like a DTensor: it has a device mesh."""
+
+    device_mesh = "mesh"
+
+
+@pytest.mark.lesson("sharded heads")
+def test_sharded_logits_are_refused_by_name(backend):
+    logits = torch.zeros(2, V).as_subclass(_Sharded)
+    call = lambda: pdl_cross_entropy(logits, torch.zeros(2, dtype=torch.int64), backend=backend)  # noqa: E731
+    assert_error(TypeError, call, "logits", "DTensor", "full_tensor")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets
+
+
+@pytest.mark.lesson("gather at ignore_index")
+@pytest.mark.parametrize("wrong", [V, V + 10**6, -1, -101, 2**31 - 1])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_target_out_of_range(backend, wrong, dtype, inputs, monkeypatch):
+    monkeypatch.setenv("PDL_KERNELS_VALIDATE", "1")  # a GPU asks for it; a CPU always checks
+    logits, targets = inputs
+    targets = targets.to(dtype)
+    targets[0, 0] = -100
+    targets[1, 2] = wrong
+    call = lambda: pdl_cross_entropy(logits, targets, backend=backend)  # noqa: E731
+    assert_error(IndexError, call, "targets[1, 2]", wrong, V - 1, "-100")
+
+
+def test_a_target_out_of_range_counts_even_with_token_weight_zero(backend, inputs):
+    """Of 0-d and 1-D targets the position is named in their own shape."""
+    if inputs[0].is_cuda:
+        pytest.skip("checked on the CPU")
+    single = torch.tensor(V)
+    assert_error(IndexError, lambda: pdl_cross_entropy(inputs[0][0, 0], single, backend=backend), "targets", V)
+    line = torch.tensor([0, 1, V + 2])
+    assert_error(IndexError, lambda: pdl_cross_entropy(inputs[0][0], line, backend=backend), "targets[2]", V + 2)
+
+
+def test_ignore_index_is_never_out_of_range(backend, inputs):
+    logits, targets = inputs
+    for ignore_index in (-1, V, 10**12):
+        wide = targets.clone()
+        wide[0, 1] = ignore_index
+        assert pdl_cross_entropy(logits, wide, ignore_index=ignore_index, backend=backend).isfinite()
+
+
+@pytest.mark.gpu
+def test_target_out_of_range_is_nan_on_a_gpu(inputs, monkeypatch):
+    monkeypatch.delenv("PDL_KERNELS_VALIDATE", raising=False)
+    logits, targets = inputs
+    targets[1, 2] = V
+    leaf = logits.clone().requires_grad_()
+    loss = pdl_cross_entropy(leaf, targets, reduction="none", backend="triton")
+    assert loss.isnan().sum().item() == 1
+    assert loss[1, 2].isnan()
+    loss.sum().backward()
+    assert leaf.grad[1, 2].isnan().all()
+    assert leaf.grad[0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backends
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call = lambda: pdl_cross_entropy(torch.zeros(2, V), torch.zeros(2, dtype=torch.int64), backend="triton")  # noqa: E731
+    assert_error(RuntimeError, call, "backend='triton'", "CPU", "TRITON_INTERPRET=1")
+
+
+def test_triton_takes_no_float64(device):
+    logits, targets = torch.zeros(2, V, device=device).double(), torch.zeros(2, dtype=torch.int64, device=device)
+    call = lambda: pdl_cross_entropy(logits, targets, backend="triton")  # noqa: E731
+    assert_error(RuntimeError, call, "backend='triton'", "float64", "float16", "bfloat16", "float32")
+    assert pdl_cross_entropy(logits, targets).dtype == torch.float64  # "auto" knows
+
+
+@pytest.mark.lesson("fused path switched off in silence")
+def test_auto_on_a_cpu_is_eager_and_imports_no_triton():
+    program = (
+        "import sys, torch, pdl_kernels\n"
+        "pdl_kernels.pdl_cross_entropy(torch.zeros(2, 5), torch.tensor([1, 2]))\n"
+        "assert 'triton' not in sys.modules, 'Triton was imported'\n"
+        "assert not [name for name in sys.modules if name.startswith('pdl_kernels.kernels')]\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.lesson("fused path switched off in silence")
+def test_without_triton_nothing_falls_back_in_silence():
+    """A machine without Triton: the package works, and backend="triton" says why it cannot."""
+    program = (
+        "import sys, os\n"
+        "sys.modules['triton'] = None\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import torch, pdl_kernels\n"
+        "inputs = torch.zeros(2, 5), torch.tensor([1, 2])\n"
+        "pdl_kernels.pdl_cross_entropy(*inputs)\n"
+        "try:\n"
+        "    pdl_kernels.pdl_cross_entropy(*inputs, backend='triton')\n"
+        "except RuntimeError as error:\n"
+        "    assert 'Triton' in str(error) and 'import' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('it ran')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The module
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none", "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0, "logit_scale": 0.5}]
+)
+def test_the_module_is_the_function(backend, options, inputs):
+    logits, targets = inputs
+    weights = make_weights("random", V, logits.device)
+    u = torch.rand(2, 3, generator=torch.Generator().manual_seed(1)).to(logits.device)
+    criterion = PDLCrossEntropyLoss(weights, backend=backend, return_stats=True, **options)
+    loss, stats = criterion(logits, targets, token_weights=u)
+    expected, expected_stats = pdl_cross_entropy(
+        logits, targets, weights, token_weights=u, backend=backend, return_stats=True, **options
+    )
+    assert torch.equal(loss, expected)
+    assert isinstance(stats, LossStats)
+    assert all(torch.equal(a, b) for a, b in zip(stats, expected_stats, strict=True))
+    oracle = run_reference(logits, targets, weights, token_weights=u, **options).loss
+    torch.testing.assert_close(loss.cpu().double(), oracle, rtol=3e-6, atol=1e-6)
+
+
+def test_the_modules_normalizer_and_the_calls(inputs):
+    criterion = PDLCrossEntropyLoss(normalizer=2.0)
+    by_construction, by_call = criterion(*inputs), criterion(*inputs, normalizer=4.0)
+    assert by_construction.item() == pytest.approx(2 * by_call.item(), rel=1e-6)
+    assert by_call.item() == pytest.approx(pdl_cross_entropy(*inputs, normalizer=4.0).item(), rel=1e-6)
+
+
+@pytest.mark.lesson("weights rounded with the model")
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to(device="cpu", dtype=torch.float16),
+        lambda m: m.type(torch.float16),
+        lambda m: m.half().float(),
+    ],
+    ids=["half", "bfloat16", "double", "to dtype", "to device and dtype", "type", "there and back"],
+)
+def test_the_modules_weights_stay_float32(cast):
+    weights = torch.logspace(-7, 7, V)
+    model = torch.nn.Sequential(torch.nn.Linear(3, V), PDLCrossEntropyLoss(weights))
+    criterion = cast(model)[1]
+    assert criterion.weights.dtype == torch.float32
+    assert torch.equal(criterion.weights.cpu(), weights)
+
+
+def test_the_modules_weights_move_but_are_not_saved():
+    weights = torch.rand(V)
+    criterion = PDLCrossEntropyLoss(weights)
+    assert criterion.state_dict() == {}
+    assert "weights" in dict(criterion.named_buffers())
+    assert list(criterion.parameters()) == []
+    criterion.load_state_dict({})
+    assert criterion.to("meta").weights.is_meta
+    half = PDLCrossEntropyLoss(weights)
+    assert half.to("meta", torch.float16).weights.is_meta
+    assert half.weights.dtype == torch.float32
+    weights.zero_()
+    assert PDLCrossEntropyLoss(weights + 1).weights.sum() == V
+    assert criterion.to_empty(device="cpu").weights.shape == (V,)
+
+
+def test_the_module_owns_its_weights(inputs):
+    weights = torch.rand(V, device=inputs[0].device)
+    criterion = PDLCrossEntropyLoss(weights)
+    before = criterion(*inputs)
+    weights.fill_(torch.nan)
+    assert torch.equal(criterion(*inputs), before)
+
+
+@pytest.mark.gpu
+def test_the_modules_weights_follow_to_the_gpu(inputs):
+    criterion = PDLCrossEntropyLoss(torch.rand(V)).cuda().half()
+    assert criterion.weights.is_cuda
+    assert criterion.weights.dtype == torch.float32
+    assert criterion(*inputs).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "words"),
+    [
+        (torch.ones(2, V), ValueError, ["weights", "(2, 20)"]),
+        (torch.ones(V, dtype=torch.int64), TypeError, ["weights", "int64", "floating"]),
+        ([1.0], TypeError, ["weights", "list"]),
+        (torch.ones(V, requires_grad=True), NotImplementedError, ["weights", "grad"]),
+    ],
+)
+def test_wrong_weights_of_the_module(weights, error, words):
+    assert_error(error, lambda: PDLCrossEntropyLoss(weights), *words)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "reduction", "error"),
+    [(-1.0, "mean", ValueError), (4.0, "sum", ValueError), ("4", "mean", TypeError)],
+)
+def test_wrong_normalizers_of_the_module_show_at_construction(normalizer, reduction, error):
+    assert_error(error, lambda: PDLCrossEntropyLoss(normalizer=normalizer, reduction=reduction), "normalizer")
+
+
+def test_the_module_can_be_printed():
+    text = repr(PDLCrossEntropyLoss(torch.ones(V), label_smoothing=0.1, reduction="sum"))
+    assert "label_smoothing=0.1" in text
+    assert "reduction='sum'" in text
