@@ -63,10 +63,10 @@ def parse_options(description: str, arguments: Sequence[str] | None = None) -> a
     add = parser.add_argument
     add("--alpha", type=non_negative_number, default=0.4, help="exponent of the power law; 0 is cross entropy")
     add("--eps", type=positive_number, default=1.0, help="added to every count")
-    add("--steps", type=positive_integer, default=80, help="optimiser steps of each run")
+    add("--steps", type=positive_integer, default=60, help="optimiser steps of each run")
     add("--batch-size", type=positive_integer, default=4, help="sequences per step")
     add("--sequence-length", type=positive_integer, default=128, help="tokens per sequence")
-    add("--held-out-sequences", type=positive_integer, default=128, help="sequences to evaluate on, at most")
+    add("--held-out-sequences", type=positive_integer, default=96, help="sequences to evaluate on, at most")
     add("--learning-rate", type=positive_number, default=2e-4, help="of AdamW at the first step; falls linearly to 0")
     add("--layers", type=positive_integer, default=4, help="how many of the last layers are trained")
     add("--seed", type=seed_number, default=0, help="of the split and of the order of the batches")

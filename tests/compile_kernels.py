@@ -105,7 +105,7 @@ def compile_case(case: Case) -> dict[str, Any]:
     )
     compile_options = launch.row_compile_options(plan, limits_registers=case.target != "gfx942")
     if case.kernel in ("denominators_kernel", "reduce_rows_kernel"):
-        compile_options = {"num_warps": 8, **launch.COMPILE_OPTIONS}
+        compile_options = launch.REDUCE_OPTIONS
         arguments.update(
             normalizer="*fp32", token_count="*i64!", loss="*fp32!", REDUCTION=("constexpr", "mean"),
             NUMBER=("constexpr", False), SUM_WEIGHTS=("constexpr", True), STATS=("constexpr", True),

@@ -18,6 +18,7 @@ INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one prog
 
 # exp, log and fused multiply-add are meant to fuse: said here because Triton's default changes with its version.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
+REDUCE_OPTIONS = {"num_warps": 16, **COMPILE_OPTIONS}  # of the single-program kernels
 
 
 class Variant(NamedTuple):
@@ -44,7 +45,7 @@ class RowLaunch(NamedTuple):
     lanes: int
     unroll: int
     warps: int
-    registers: int  # at most so many per thread, on NVIDIA
+    registers: int | None  # at most so many per thread, on NVIDIA
     slices: int
     slice_tiles: int  # a tile is unroll * lanes vectors
 
@@ -92,7 +93,8 @@ def plan_rows(
         warps = min(warps, 8)
     tiles = -(-vocab_size // (warps * warp_size * vector * unroll))
     slice_tiles = -(-tiles // min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)) if few_rows else tiles
-    return RowLaunch(warps * warp_size, unroll, warps, 128 if heavy else 64, -(-tiles // slice_tiles), slice_tiles)
+    registers = None if warps * warp_size < 512 else 128 if heavy else 64
+    return RowLaunch(warps * warp_size, unroll, warps, registers, -(-tiles // slice_tiles), slice_tiles)
 
 
 class _Device(NamedTuple):
@@ -163,8 +165,12 @@ def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, 
 
 
 def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, Any]:
-    """Keyword arguments of a row kernel's launch. Without the limit the assembler at times spills for occupancy."""
-    limit = {"maxnreg": plan.registers} if limits_registers else {}
+    """Keyword arguments of a row kernel's launch.
+
+    Large programs name their limit: left alone, the assembler at times spills to fit more of them than were planned.
+    Small ones are better left alone, where a limit makes it use, and then spill, all it was given.
+    """
+    limit = {"maxnreg": plan.registers} if limits_registers and plan.registers else {}
     return {"num_warps": plan.warps, **limit, **COMPILE_OPTIONS}
 
 
@@ -248,7 +254,7 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
                 rows, inputs.vocab_size, options.ignore_index,
                 options.reduction, isinstance(inputs.normalizer, float),
                 options.label_smoothing > 0 and inputs.weights is not None, REDUCE_BLOCK,
-                num_warps=8, **COMPILE_OPTIONS,
+                **REDUCE_OPTIONS,
             )  # fmt: skip
         if rows > 0:
             call = _RowCall(inputs, options, gradient, two_passes=two_passes)
@@ -257,7 +263,7 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
         if not per_row or options.return_stats:
             kernels.reduce_rows_kernel[(1,)](
                 row_loss, row_stats, scalars, token_count, None if per_row else loss, rows,
-                options.return_stats, REDUCE_BLOCK, num_warps=8, **COMPILE_OPTIONS,
+                options.return_stats, REDUCE_BLOCK, **REDUCE_OPTIONS,
             )  # fmt: skip
     return LossOutputs(loss, row_state, scalars, token_count)
 
