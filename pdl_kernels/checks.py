@@ -140,8 +140,8 @@ def _check_same_device(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} are on {value.device} and logits on {logits.device}; accepted is the logits' device")
 
 
-def check_normalizer(normalizer: float | Tensor | None, reduction: str, logits: Tensor) -> Tensor | float | None:
-    """The normalizer as a number, or as a 0-d tensor on the logits' device, without waiting for a device."""
+def check_normalizer(normalizer: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | float | None:
+    """The normalizer as a number, or as a 0-d tensor on `device`, without waiting for a device."""
     if normalizer is None:
         return None
     if reduction != "mean":
@@ -153,14 +153,14 @@ def check_normalizer(normalizer: float | Tensor | None, reduction: str, logits: 
             raise TypeError(f"normalizer is {normalizer.dtype}; accepted are real dtypes")
         if normalizer.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("normalizer requires grad; accepted is one that does not: detach it")
-        if normalizer.device.type == "cpu" and logits.device.type != "cpu" and not torch.compiler.is_compiling():
+        if normalizer.device.type == "cpu" and device.type != "cpu" and not torch.compiler.is_compiling():
             return float(normalizer)
-        return normalizer.detach().to(logits.device)
+        return normalizer.detach().to(device)
     _check_real("normalizer", normalizer, "a finite number >= 0 or a 0-d tensor")
     if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer is {normalizer}; accepted are finite numbers >= 0")
     if torch.compiler.is_compiling():  # operators take tensors, so that another number needs no compilation
-        return torch.full((), normalizer, dtype=torch.float64, device=logits.device)
+        return torch.full((), normalizer, dtype=torch.float64, device=device)
     return float(normalizer)
 
 

@@ -128,9 +128,9 @@ def pdl_cross_entropy(
         backend=backend,
     )
     checks.check_tensors(logits, targets, weights, token_weights)
-    denominator = checks.check_normalizer(normalizer, reduction, logits)
+    denominator = checks.check_normalizer(normalizer, reduction, logits.device)
     if not torch.compiler.is_compiling():
-        operation.refuse_functorch("pdl_cross_entropy")
+        operation.refuse_transforms("pdl_cross_entropy", logits)
         if inplace and logits.requires_grad and torch.is_grad_enabled():
             checks.check_inplace(logits)
     outputs = operation.cross_entropy(logits, targets, weights, token_weights, denominator, options, backend, inplace)

@@ -38,6 +38,7 @@ LESSONS = {
     "32-bit offsets": "row * stride passes 2**31 at 32768 rows of 65536",
     "python numbers become compile-time types": "another number must neither recompile nor turn into float64",
     "fused path switched off in silence": "the backend asked for runs, or an error says why it does not",
+    "import without Triton": "machines without it import the package and use the eager backend",
     "tests that compare a value with itself": "the yardstick is float64 torch and never the code under test; broken "
     "results must fail the criterion",
     "weights over fourteen orders of magnitude": "weights drawn from [0.1, 1.1] hide everything",

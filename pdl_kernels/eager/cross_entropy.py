@@ -156,7 +156,7 @@ def adjust(
 
 def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:
     dtype = torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32
-    y = inputs.targets
+    y = inputs.targets.long()  # before it is compared: torch wraps ignore_index to the dtype of the targets
     is_class = (y >= 0) & (y < inputs.vocab_size)
     counted = y != options.ignore_index
     if inputs.token_weights is None:
@@ -165,8 +165,10 @@ def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:
         u = inputs.token_weights.to(dtype)
         counted &= u != 0
         token_weights = torch.where(counted, u, 0)
-    targets = torch.where(is_class, y, 0).long()
-    weights = torch.ones_like(token_weights) if inputs.weights is None else inputs.weights[targets].to(dtype)
+    targets = torch.where(is_class, y, 0)
+    weights = torch.ones_like(token_weights)
+    if inputs.weights is not None:
+        weights = torch.where(counted, inputs.weights[targets].to(dtype), 0)
     return _Rows(targets, is_class, weights, token_weights, counted)
 
 
@@ -186,7 +188,9 @@ def _denominators(inputs: LossInputs, options: LossOptions, rows: _Rows) -> tupl
     }[options.reduction]
     if inputs.normalizer is not None:
         denominator = z_denominator = torch.as_tensor(inputs.normalizer, dtype=weight_sum.dtype, device=one.device)
-    weight_total = one * inputs.vocab_size if inputs.weights is None else inputs.weights.to(weight_sum.dtype).sum()
+    weight_total = one * inputs.vocab_size
+    if options.label_smoothing > 0 and inputs.weights is not None:
+        weight_total = inputs.weights.to(weight_sum.dtype).sum()
     scalars = torch.zeros(6, dtype=weight_sum.dtype, device=weight_sum.device)
     scalars[INVERSE_DENOMINATOR] = torch.where(denominator == 0, 0, 1 / denominator)
     scalars[INVERSE_Z_DENOMINATOR] = torch.where(z_denominator == 0, 0, 1 / z_denominator)
@@ -200,15 +204,15 @@ def _factors(
 ) -> _Factors:
     u, s = rows.token_weights, options.label_smoothing
     inverse, inverse_z = scalars[INVERSE_DENOMINATOR], scalars[INVERSE_Z_DENOMINATOR]
-    target = u * rows.weights * inverse * (1 - s)
+    scale, z_scale = inverse, inverse_z
+    if upstream is not None:
+        scale, z_scale = inverse * upstream.to(u.dtype), inverse_z * upstream.to(u.dtype)
+    # Rows without a share stay 0 whatever the denominator and the upstream gradient are, inf and nan included.
+    target = _product(u * rows.weights * (1 - s), scale)
     # Never true on CPU, where such a target is refused; elsewhere its row is nan.
     target = torch.where(rows.counted & ~rows.is_class, torch.nan, target)
-    smoothing = u * (s / inputs.vocab_size) * inverse
-    z = u.abs() * options.z_loss * inverse_z
-    if upstream is not None:
-        upstream = upstream.to(u.dtype)
-        # Rows without a share stay 0 whatever the upstream gradient, inf included.
-        target, smoothing, z = (_product(factor, upstream) for factor in (target, smoothing, z))
+    smoothing = _product(u * (s / inputs.vocab_size), scale)
+    z = _product(u.abs() * options.z_loss, z_scale)
     return _Factors(target, smoothing, z)
 
 
@@ -316,7 +320,9 @@ def _write_gradient(
 ) -> None:
     """dL/dz_j = (target + spread) p_j - smoothing w_j - [j == y] target, then the derivative of the transform."""
     y = rows.targets[piece.index, None]  # (R, 1)
-    spread = factors.smoothing * scalars[WEIGHT_TOTAL] + 2 * _product(factors.z, lse)
+    spread = 2 * _product(factors.z, lse)
+    if options.label_smoothing > 0:
+        spread += factors.smoothing * scalars[WEIGHT_TOTAL]
     p_y = p.gather(1, y)[:, 0]
     g_y = factors.target * (p_y - 1) + spread * p_y
     plain = options.label_smoothing == 0 and options.softcap is None and options.logit_scale == 1

@@ -68,10 +68,11 @@ def exp_terms(m):
     """(rate, shift, correction) with exp(z - m) = exp2(fma(z, rate, -shift)) * correction for z <= m.
 
     One fused multiply-add per column instead of a subtraction and a multiplication. `shift` is rounded; `correction`
-    takes exactly that rounding back, so that a large offset common to all logits costs no accuracy. Beyond 1e38, where
-    m * log2(e) would overflow, neighbouring floats are so far apart that exp(z - m) is 1 or 0 at any rate.
+    takes exactly that rounding back, so that a large offset common to all logits costs no accuracy. From 2**30 on the
+    rounding itself could overflow exp2, and later m * log2(e) would; but there floats are at least 64 apart, so that
+    exp(z - m) is 1 or next to 0 at any rate, and at rate 1 the shift is exact.
     """
-    rate = tl.where(tl.abs(m) < 1e38, LOG2E, 0.5)
+    rate = tl.where(tl.abs(m) < 1073741824.0, LOG2E, 1.0)
     shift = m * rate
     return rate, shift, tl.math.exp2(-tl.fma(m, rate, -shift))
 
@@ -220,6 +221,12 @@ def row_max_and_sum(
 
 
 @triton.jit
+def product(factor, value):
+    """factor * value, and 0 where the factor is 0: a row without a share stays out whatever inf or nan the others have."""
+    return tl.where(factor == 0.0, 0.0, factor * value)
+
+
+@triton.jit
 def row_factors(
     row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, upstream,
     VARIANT: tl.constexpr,
@@ -237,21 +244,22 @@ def row_factors(
     safe_y = tl.where(exists, y, 0).to(tl.int32)
     w_y = 1.0
     if weights is not None:
-        w_y = tl.load(weights + safe_y).to(tl.float32)
+        w_y = tl.load(weights + safe_y, mask=counted, other=0.0).to(tl.float32)
     inverse = 1.0
     inverse_z = 1.0
     if VARIANT.normalized:
         inverse = tl.load(scalars)
         inverse_z = tl.load(scalars + 1)
     u = tl.where(counted, token_weight, 0.0)
-    target_factor = u * w_y * inverse * upstream
+    target_factor = u * w_y
     smoothing_factor = 0.0
     z_factor = 0.0
     if VARIANT.smoothing:
         target_factor = target_factor * (1.0 - label_smoothing)
-        smoothing_factor = u * (label_smoothing / V) * inverse * upstream
+        smoothing_factor = product(u, label_smoothing / V * inverse * upstream)
     if VARIANT.z_loss:
-        z_factor = tl.abs(u) * z_loss * inverse_z * upstream
+        z_factor = product(tl.abs(u), z_loss * inverse_z * upstream)
+    target_factor = product(target_factor, inverse * upstream)
     return safe_y, w_y, counted, counted & (exists == 0), target_factor, smoothing_factor, z_factor
 
 

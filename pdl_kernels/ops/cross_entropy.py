@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pdl_kernels.backends import backend_module, choose_backend
 from pdl_kernels.options import LossInputs, LossOptions, LossOutputs
@@ -48,11 +49,17 @@ def cross_entropy(
 # Shapes, checks and calls that eager mode and the operators share
 
 
-def refuse_functorch(what: str) -> None:
-    if torch._C._are_functorch_transforms_active():
+def refuse_transforms(what: str, tensor: Tensor) -> None:
+    """RuntimeError under functorch transforms and forward-mode differentiation, which would miss the kernels."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(tensor)  # is_grads_batched=True
+    if batched or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{what} does not support functorch transforms (torch.func.grad, vmap, jvp, is_grads_batched, ...); "
             "use torch.autograd.grad, or torch.nn.functional.cross_entropy inside transforms"
+        )
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(
+            f"{what} does not support forward-mode differentiation; use torch.nn.functional.cross_entropy for it"
         )
 
 
@@ -176,7 +183,8 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     lowest, highest = torch.aminmax(targets)
     if lowest >= 0 and highest < vocab_size:
         return
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
+    wide = targets.long()  # torch would wrap ignore_index to the dtype of the targets
+    wrong = (wide != ignore_index) & ((targets < 0) | (targets >= vocab_size))
     if wrong.any():
         position = tuple(wrong.nonzero()[0].tolist())
         index = ", ".join(map(str, position))
@@ -227,7 +235,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
-        refuse_functorch("the backward of pdl_cross_entropy")
+        refuse_transforms("the backward of pdl_cross_entropy", upstream)
         with torch.no_grad():
             gradient = _gradient_in_place(ctx, upstream) if ctx.inplace else _gradient(ctx, upstream)
         if torch.is_grad_enabled():  # create_graph=True

@@ -1,0 +1,113 @@
+"""The launch planner and the alignment rules: pure functions of sizes and strides."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from pdl_kernels.kernels import launch
+from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
+from pdl_kernels.options import LossOptions
+
+SMS = 132
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "itemsize", "warps"),
+    [(1, 2, 1), (1000, 2, 1), (2048, 2, 2), (32000, 2, 8), (50257, 2, 16), (128256, 2, 32), (262144, 2, 32)],
+)
+def test_two_passes_keep_few_rows_in_flight(vocab_size, itemsize, warps):
+    plan = launch.plan_rows(4096, vocab_size, itemsize, SMS, two_passes=True)
+    assert (plan.warps, plan.lanes, plan.slices) == (warps, warps * 32, 1)
+    rows_in_flight = SMS * max(1, 32 // plan.warps)
+    if vocab_size <= 151936:
+        assert rows_in_flight * vocab_size * itemsize < 48e6
+
+
+def test_forward_alone_needs_no_second_read():
+    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=False).warps == 8
+
+
+def test_large_programs_name_their_registers():
+    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=True).registers == 64
+    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=True, smoothing=True).registers == 128
+    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=False).registers is None
+    assert launch.row_compile_options(launch.plan_rows(4096, 128256, 2, SMS, two_passes=True), False) == {
+        "num_warps": 32,
+        "enable_fp_fusion": True,
+    }
+
+
+def test_programs_stay_within_the_device():
+    for warp_size in (32, 64):
+        for smoothing in (False, True):
+            plan = launch.plan_rows(4096, 262144, 4, SMS, two_passes=True, smoothing=smoothing, warp_size=warp_size)
+            assert plan.lanes == plan.warps * warp_size <= (512 if smoothing else 1024)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 100, 263, 264, 10000])
+@pytest.mark.parametrize("vocab_size", [1, 127, 32000, 131077, 262144])
+def test_slices_cover_every_column(rows, vocab_size):
+    plan = launch.plan_rows(rows, vocab_size, 2, SMS, two_passes=False)
+    tile = plan.lanes * plan.unroll * 8
+    assert plan.slices * plan.slice_tiles * tile >= vocab_size
+    assert (plan.slices - 1) * plan.slice_tiles * tile < vocab_size, "an empty slice"
+    assert plan.slices <= launch.MAX_SLICES
+    if rows >= 2 * SMS:
+        assert plan.slices == 1
+    if rows == 1 and vocab_size == 262144:
+        assert plan.slices >= 16
+
+
+def test_smoothing_is_not_sliced():
+    assert launch.plan_rows(1, 262144, 2, SMS, two_passes=True, smoothing=True).slices == 1
+
+
+def variant(logits, gradient=None):
+    plan = launch.plan_rows(4096, logits.shape[-1], logits.element_size(), SMS, two_passes=True)
+    return launch.make_variant(logits, LossOptions(), gradient, plan)
+
+
+def test_layouts():
+    def rows(*shape):
+        return as_rows(torch.empty(*shape, dtype=torch.bfloat16))
+
+    aligned = rows(4, 128)
+    assert variant(aligned, empty_gradient(aligned))[6:10] == ("aligned", "aligned", True, False)
+    odd = rows(4, 129)
+    assert variant(odd, empty_gradient(odd))[6:10] == ("head", "head", True, True)
+    assert variant(odd, torch.empty(1, 4, 136, dtype=torch.bfloat16)[..., :129])[6:8] == ("head", "any")
+    padded = rows(4, 136)[..., :129]
+    assert variant(padded, empty_gradient(padded))[6:10] == ("aligned", "aligned", True, True)
+    sliced = as_rows(torch.empty(2, 5, 129, dtype=torch.bfloat16)[:, :-1])
+    assert variant(sliced, empty_gradient(sliced))[6:10] == ("head", "head", True, True)
+    offset = as_rows(torch.empty(4 * 128 + 1, dtype=torch.bfloat16)[1:].view(4, 128))
+    assert variant(offset, empty_gradient(offset))[6:9] == ("any", "any", True)
+    columns = as_rows(torch.empty(128, 4, dtype=torch.bfloat16).t())
+    assert variant(columns, empty_gradient(columns))[6:9] == ("any", "any", False)
+
+
+def test_as_rows_is_a_view_where_two_dimensions_suffice():
+    for logits, shape in (
+        (torch.empty(5), (1, 1, 5)),
+        (torch.empty(3, 5), (1, 3, 5)),
+        (torch.empty(2, 3, 5), (1, 6, 5)),
+        (torch.empty(2, 4, 5)[:, :-1], (2, 3, 5)),
+        (torch.empty(4, 2, 5).transpose(0, 1), (2, 4, 5)),
+        (torch.empty(2, 3, 4, 5), (1, 24, 5)),
+        (torch.empty(2, 1, 3, 5).expand(2, 7, 3, 5), None),
+        (torch.empty(0, 3, 5), (1, 0, 5)),
+    ):
+        rows = as_rows(logits)
+        if shape is not None:
+            assert rows.shape == shape
+            assert rows.data_ptr() == logits.data_ptr()
+        torch.testing.assert_close(rows.reshape(logits.shape), logits, equal_nan=True, rtol=0, atol=0)
+
+
+def test_gradient_memory():
+    logits = torch.empty(2, 9, 8)[:, :-1]
+    assert empty_gradient(as_rows(logits)).stride() == as_rows(logits).stride()
+    wasteful = torch.empty(4, 80)[:, :8]
+    assert empty_gradient(as_rows(wasteful)).is_contiguous()
+    assert empty_gradient(as_rows(torch.empty(1, 8).expand(4, 8))).is_contiguous()
