@@ -96,7 +96,7 @@ def check(name: str, rows: int, vocab_size: int, dtype: str) -> None:
     expected, _ = reference_cross_entropy(exact, targets[:16], weights)
     (expected_gradient,) = torch.autograd.grad(expected, exact)
     _, loss, gradient = forward_backward(name, logits[:16].clone(), targets[:16], weights)
-    loss_tolerance, gradient_tolerance = (1e-5, 1e-4) if dtype == "float32" else (1e-2, 1e-2)
+    loss_tolerance, gradient_tolerance = (1e-5, 1e-4) if dtype == "float32" else (3e-2, 2e-2)
     loss_error = ((loss.double() - expected).abs() / expected.abs()).item()
     gradient_error = ((gradient.double() - expected_gradient).abs().max() / expected_gradient.abs().max()).item()
     if not (loss_error <= loss_tolerance and gradient_error <= gradient_tolerance):

@@ -17,8 +17,8 @@ class PDLCrossEntropyLoss(nn.Module):
     Args:
         weights: (V,) floating, one weight per vocabulary entry, or None for 1. Kept as a float32 buffer that follows
             `.to(device)`, stays float32 under `.half()`, `.bfloat16()` and `.to(dtype)`, and stays out of checkpoints.
-        ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, inplace, return_stats, backend: the
-            options of `pdl_cross_entropy`, checked here.
+        ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, inplace, return_stats,
+            backend: the options of `pdl_cross_entropy`, checked here.
 
     `forward(logits, targets, token_weights=None, normalizer=None)` takes (..., V) logits and (...) targets and returns
     what `pdl_cross_entropy` returns. `normalizer` may be given here or per call; the call wins.
@@ -58,7 +58,8 @@ class PDLCrossEntropyLoss(nn.Module):
             return_stats=return_stats,
             backend=backend,
         )
-        checks.check_normalizer(normalizer, reduction, torch.device("cpu"))
+        here = normalizer.device if isinstance(normalizer, Tensor) else torch.device("cpu")
+        checks.check_normalizer(normalizer, reduction, here)
         if weights is not None:
             checks.check_weight_table(weights)
             weights = weights.detach().to(torch.float32, copy=True)

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -29,7 +29,7 @@ from pdl_kernels.kernels import cross_entropy as kernels
 class Launches:
     """Stands for the launcher that Triton generates; counts instead of launching."""
 
-    counts: Counter[str] = Counter()
+    counts: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = source.fn.__name__

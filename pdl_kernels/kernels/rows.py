@@ -222,7 +222,7 @@ def row_max_and_sum(
 
 @triton.jit
 def product(factor, value):
-    """factor * value, and 0 where the factor is 0: a row without a share stays out whatever inf or nan the others have."""
+    """factor * value, and 0 where the factor is 0: a row without a share stays out, even of an inf or nan."""
     return tl.where(factor == 0.0, 0.0, factor * value)
 
 
