@@ -25,7 +25,7 @@ from pdl_kernels.options import (
 )
 
 # One piece's softmax. On CPU a few megabytes beat both single rows and whole tensors; elsewhere it only bounds memory.
-CPU_PIECE_BYTES = 1 << 22
+CPU_PIECE_BYTES = 1 << 21
 DEVICE_PIECE_BYTES = 1 << 26
 
 
@@ -73,13 +73,13 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
     read = active | rows.counted if options.return_stats else active
     if gradient is not None:
         _zero_rows(gradient, read, inputs)
-    buffer = _piece_buffer(inputs, scalars.dtype)
+    buffers = _Buffers(inputs, options, scalars.dtype)
     for piece in _pieces(inputs, read):
-        z = _transformed(piece.logits, options, scalars.dtype)
-        p = torch.softmax(z, dim=-1, dtype=scalars.dtype, out=buffer[: z.shape[0]])  # (R, V)
+        z, p = buffers.fill(piece.logits)  # (R, V) each
         y = rows.targets[piece.index, None]  # (R, 1)
-        row_max = piece.logits.amax(-1)
-        z_max = _transformed(row_max, options, scalars.dtype).to(scalars.dtype)
+        # The transform is increasing, so that the raw logits decide which column is largest.
+        row_max = (z if _is_plain(options) else piece.logits).amax(-1).to(scalars.dtype)
+        z_max = _transformed(row_max, options, scalars.dtype)
         log_sum = -p.amax(-1).log()  # the largest probability is 1 / sum
         x_y = piece.logits.gather(1, y)[:, 0]
         # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
@@ -92,7 +92,7 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
         if options.z_loss > 0:
             loss += _product(factors.z[piece.index], lse * lse)
         row_loss[piece.index] = loss
-        row_state[0, piece.index] = row_max.to(scalars.dtype)
+        row_state[0, piece.index] = row_max
         row_state[1, piece.index] = log_sum.exp()
         if options.return_stats:
             counted = rows.counted[piece.index]
@@ -120,10 +120,9 @@ def backward(
     factors = _factors(inputs, options, rows, scalars, upstream)
     active = factors.active
     _zero_rows(gradient, active, inputs)
-    buffer = _piece_buffer(inputs, scalars.dtype)
+    buffers = _Buffers(inputs, options, scalars.dtype)
     for piece in _pieces(inputs, active):
-        z = _transformed(piece.logits, options, scalars.dtype)
-        p = torch.softmax(z, dim=-1, dtype=scalars.dtype, out=buffer[: z.shape[0]])
+        _, p = buffers.fill(piece.logits)
         z_max = _transformed(row_state[0, piece.index], options, scalars.dtype)
         lse = z_max + row_state[1, piece.index].log()
         piece_factors = _Factors(*(f[piece.index] for f in factors))
@@ -226,10 +225,21 @@ def _piece_rows(logits: Tensor) -> int:
     return max(1, piece_bytes // (4 * max(logits.shape[-1], 1)))
 
 
-def _piece_buffer(inputs: LossInputs, dtype: torch.dtype) -> Tensor:
-    """One piece's softmax, allocated once: fresh pages for every piece would cost as much as the arithmetic."""
-    rows = min(_piece_rows(inputs.logits), inputs.rows)
-    return torch.empty(rows, inputs.vocab_size, dtype=dtype, device=inputs.logits.device)
+class _Buffers:
+    """One piece's logits and softmax, allocated once: fresh pages for every piece cost as much as the arithmetic."""
+
+    def __init__(self, inputs: LossInputs, options: LossOptions, dtype: torch.dtype) -> None:
+        shape = min(_piece_rows(inputs.logits), inputs.rows), inputs.vocab_size
+        self.options = options
+        self.p = torch.empty(shape, dtype=dtype, device=inputs.logits.device)
+        converts = _is_plain(options) and inputs.logits.dtype != dtype
+        self.z = torch.empty_like(self.p) if converts else None
+
+    def fill(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z, the (R, V) logits that the loss sees, and their softmax."""
+        rows = x.shape[0]
+        z = _transformed(x, self.options, self.p.dtype) if self.z is None else self.z[:rows].copy_(x)
+        return z, torch.softmax(z, dim=-1, out=self.p[:rows])
 
 
 def _pieces(inputs: LossInputs, read: Tensor) -> Iterator[_Piece]:
@@ -272,6 +282,10 @@ def _zero_rows(gradient: Tensor, written: Tensor, inputs: LossInputs) -> None:
     rows = (~written).nonzero()[:, 0]
     rows_inner = gradient.shape[1]
     gradient[rows // rows_inner, rows % rows_inner] = 0
+
+
+def _is_plain(options: LossOptions) -> bool:
+    return options.logit_scale == 1 and options.softcap is None
 
 
 def _scaled(x: Tensor, options: LossOptions, dtype: torch.dtype) -> Tensor:
@@ -325,31 +339,30 @@ def _write_gradient(
         spread += factors.smoothing * scalars[WEIGHT_TOTAL]
     p_y = p.gather(1, y)[:, 0]
     g_y = factors.target * (p_y - 1) + spread * p_y
-    plain = options.label_smoothing == 0 and options.softcap is None and options.logit_scale == 1
-    whole_rows = isinstance(piece.index, slice) and gradient.shape[0] == 1
-    # Written once, straight into place, where the rows are contiguous and nothing but the scale is left to apply.
-    out = gradient[0, piece.index] if plain and whole_rows else p
+    # Written once, straight into place, where nothing but the scale is left to apply.
+    in_rows = isinstance(piece.index, slice) and gradient.shape[0] == 1
+    straight = in_rows and _is_plain(options) and options.label_smoothing == 0 and gradient.dtype == p.dtype
+    out = gradient[0, piece.index] if straight else p
     torch.mul(p, (factors.target + spread)[:, None], out=out)
     if options.label_smoothing > 0:
         w = p.new_ones(p.shape[-1]) if inputs.weights is None else inputs.weights.to(p.dtype)
         out -= factors.smoothing[:, None] * w
         g_y -= factors.smoothing * w[y[:, 0]]
     out.scatter_(1, y, g_y[:, None].to(out.dtype))
-    if not plain:
+    if not _is_plain(options):
         out *= _transform_derivative(piece.logits, options, p.dtype)
     # Rows read for the statistics alone may hold nan, which 0 * nan would keep.
     if options.return_stats or gradient.device.type != "cpu":
         out.masked_fill_(~factors.active[:, None], 0)
-    if not (plain and whole_rows):
+    if not straight:
         _put_rows(gradient, piece.index, out)
 
 
 def _put_rows(gradient: Tensor, index: slice | Tensor, values: Tensor) -> None:
     rows_outer, rows_inner, _ = gradient.shape
-    values = values.to(gradient.dtype)
-    if rows_outer == 1:
+    if rows_outer == 1 and isinstance(index, slice):
         gradient[0, index] = values
         return
     if isinstance(index, slice):
         index = torch.arange(index.start, index.stop, device=gradient.device)
-    gradient[index // rows_inner, index % rows_inner] = values
+    gradient[index // rows_inner, index % rows_inner] = values.to(gradient.dtype)
