@@ -100,6 +100,8 @@ def denominators_kernel(
         denominator_z = denominator
     tl.store(scalars, tl.where(denominator == 0.0, 0.0, 1.0 / denominator))
     tl.store(scalars + 1, tl.where(denominator_z == 0.0, 0.0, 1.0 / denominator_z))
+    tl.store(scalars + 3, 0.0)  # the statistics, unless reduce_rows_kernel fills them in
+    tl.store(scalars + 4, 0.0)
     tl.store(scalars + 5, weight_sum)
     tl.store(token_count, count)
 

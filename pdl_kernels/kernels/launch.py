@@ -242,13 +242,15 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
     row_loss = torch.empty(rows, dtype=torch.float32, device=device)
     row_state = torch.empty(2, rows, dtype=torch.float32, device=device)
     row_stats = torch.empty(2, rows, dtype=torch.float32, device=device) if options.return_stats else None
-    scalars = torch.empty(6, dtype=torch.float32, device=device)
-    token_count = torch.empty((), dtype=torch.int64, device=device)
+    needs_scalars = options.reduction in ("mean", "token_mean") or options.label_smoothing > 0 or options.return_stats
+    make = torch.empty if needs_scalars else torch.zeros
+    scalars = make(6, dtype=torch.float32, device=device)
+    token_count = make((), dtype=torch.int64, device=device)
     loss = row_loss if per_row else torch.empty((), dtype=torch.float32, device=device)
     two_passes = gradient is not None or options.label_smoothing > 0
 
     with _on_device(inputs.logits):
-        if options.reduction in ("mean", "token_mean") or options.label_smoothing > 0 or options.return_stats:
+        if needs_scalars:
             kernels.denominators_kernel[(1,)](
                 inputs.targets, inputs.weights, inputs.token_weights, inputs.normalizer, scalars, token_count,
                 rows, inputs.vocab_size, options.ignore_index,
