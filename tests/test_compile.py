@@ -163,3 +163,17 @@ def test_operators_refuse_a_second_derivative(device):
     (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(gradient.sum(), logits)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum", "none"])
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_operators_leave_no_output_uninitialised(reduction, return_stats, device, backend):
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with nan and the largest integers
+    try:
+        arguments = operator_arguments(device, backend=backend, reduction=reduction, return_stats=return_stats)
+        outputs = torch.ops.pdl_kernels.cross_entropy(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for output in outputs:
+        assert output.isfinite().all()
+    assert outputs[3] <= 5
