@@ -45,6 +45,8 @@ def check_options(
     """The checked options; ValueError or TypeError otherwise."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted is an integer")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index}; accepted are integers of 64 bits, signed")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; accepted are {', '.join(map(repr, REDUCTIONS))}")
     if backend not in BACKENDS:

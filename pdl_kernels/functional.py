@@ -136,6 +136,6 @@ def pdl_cross_entropy(
     outputs = operation.cross_entropy(logits, targets, weights, token_weights, denominator, options, backend, inplace)
     if not return_stats:
         return outputs.loss
-    scalars = outputs.scalars.detach()
+    scalars = outputs.scalars.detach().clone()  # backward reads the others: changing a statistic must not reach them
     stats = LossStats(scalars[NLL], scalars[ACCURACY], scalars[WEIGHT_SUM], outputs.token_count.detach())
     return outputs.loss, stats

@@ -794,3 +794,43 @@ def test_the_tensors_device_not_the_current_one():
         got = run("triton", logits, targets)
     assert got.loss.device == device
     assert_gradient(got.gradient, run_reference(logits, targets).gradient.to(device))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a user may change between the loss and its backward
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}], ids=["mean", "none", "inplace"])
+def test_changing_a_statistic_changes_no_gradient(backend, problem, options):
+    logits, targets, weights, _ = problem
+    gradients = []
+    for change in (False, True):
+        leaf, hidden = producer(logits)
+        loss, stats = pdl_cross_entropy(hidden, targets, weights, backend=backend, return_stats=True, **options)
+        if change:
+            for value in stats:
+                value.mul_(0)
+        loss.sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+def test_inplace_lets_the_targets_change_before_backward(backend, problem):
+    logits, targets, weights, expected = problem
+    leaf, hidden = producer(logits)
+    targets = targets.clone()
+    loss = pdl_cross_entropy(hidden, targets, weights, backend=backend, inplace=True)
+    targets.zero_()
+    loss.backward()
+    assert_gradient(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_denominator_of_zero_survives_an_infinite_upstream_gradient(backend, device, reduction):
+    leaf = torch.randn(3, 7, device=device, requires_grad=True)
+    targets = torch.tensor([0, 1, 2], device=device)
+    options = {"normalizer": 0.0} if reduction == "mean" else {"token_weights": torch.zeros(3, device=device)}
+    loss = pdl_cross_entropy(leaf, targets, backend=backend, reduction=reduction, z_loss=0.1, **options)
+    loss.backward(torch.full_like(loss, float("inf")))
+    assert leaf.grad.count_nonzero() == 0

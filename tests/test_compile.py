@@ -88,6 +88,24 @@ def test_one_graph_for_many_numbers_of_rows(backend, device):
 
 
 @needs_compiler
+@pytest.mark.parametrize("shape", ["shifted", "transposed"])
+def test_compiled_logits_that_are_not_contiguous(shape, backend, device):
+    head, weights = model(device)
+    hidden = torch.randn(2, 5, 16, device=device)
+    targets = torch.arange(10, device=device).view(2, 5)
+
+    def step(hidden):
+        logits = hidden @ head.t()
+        if shape == "shifted":
+            return pdl_cross_entropy(logits[:, :-1], targets[:, 1:], weights, backend=backend)
+        return pdl_cross_entropy(logits.transpose(0, 1), targets.t(), weights, backend=backend)
+
+    (expected,) = torch.autograd.grad(step(hidden), head)
+    (gradient,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(hidden), head)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
 def test_compiled_module_and_leaf(device):
     _, weights = model(device)
     criterion = PDLCrossEntropyLoss(weights, label_smoothing=0.1)

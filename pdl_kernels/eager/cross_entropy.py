@@ -186,7 +186,11 @@ def _denominators(inputs: LossInputs, options: LossOptions, rows: _Rows) -> tupl
         "none": (one, one),
     }[options.reduction]
     if inputs.normalizer is not None:
-        denominator = z_denominator = torch.as_tensor(inputs.normalizer, dtype=weight_sum.dtype, device=one.device)
+        if isinstance(inputs.normalizer, Tensor):
+            denominator = inputs.normalizer.to(one.dtype)
+        else:
+            denominator = torch.full_like(one, inputs.normalizer)  # as_tensor would wait for the device
+        z_denominator = denominator
     weight_total = one * inputs.vocab_size
     if options.label_smoothing > 0 and inputs.weights is not None:
         weight_total = inputs.weights.to(weight_sum.dtype).sum()
@@ -205,7 +209,8 @@ def _factors(
     inverse, inverse_z = scalars[INVERSE_DENOMINATOR], scalars[INVERSE_Z_DENOMINATOR]
     scale, z_scale = inverse, inverse_z
     if upstream is not None:
-        scale, z_scale = inverse * upstream.to(u.dtype), inverse_z * upstream.to(u.dtype)
+        upstream = upstream.to(u.dtype)
+        scale, z_scale = _product(inverse, upstream), _product(inverse_z, upstream)
     # Rows without a share stay 0 whatever the denominator and the upstream gradient are, inf and nan included.
     target = _product(u * rows.weights * (1 - s), scale)
     # Never true on CPU, where such a target is refused; elsewhere its row is nan.

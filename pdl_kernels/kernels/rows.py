@@ -251,15 +251,16 @@ def row_factors(
         inverse = tl.load(scalars)
         inverse_z = tl.load(scalars + 1)
     u = tl.where(counted, token_weight, 0.0)
+    scale = product(inverse, upstream)
     target_factor = u * w_y
     smoothing_factor = 0.0
     z_factor = 0.0
     if VARIANT.smoothing:
         target_factor = target_factor * (1.0 - label_smoothing)
-        smoothing_factor = product(u, label_smoothing / V * inverse * upstream)
+        smoothing_factor = product(u, label_smoothing / V * scale)
     if VARIANT.z_loss:
-        z_factor = product(tl.abs(u), z_loss * inverse_z * upstream)
-    target_factor = product(target_factor, inverse * upstream)
+        z_factor = product(tl.abs(u), z_loss * product(inverse_z, upstream))
+    target_factor = product(target_factor, scale)
     return safe_y, w_y, counted, counted & (exists == 0), target_factor, smoothing_factor, z_factor
 
 

@@ -93,7 +93,7 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits.as_strided((*shape, V), (*strides, logits.stride(-1)))
 
 
-def empty_gradient(rows: Tensor) -> Tensor:
+def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
     """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits.
 
     Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
@@ -105,7 +105,7 @@ def empty_gradient(rows: Tensor) -> Tensor:
     for stride, size in steps:
         apart = apart and stride >= span
         span += (size - 1) * stride
-    if rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
+    if not contiguous and rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
         return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
@@ -155,10 +155,12 @@ def _run_backward(
     options: LossOptions,
     backend: str,
     upstream: Tensor,
+    *,
+    contiguous: bool = False,
 ) -> Tensor:
     """The gradient for `upstream` in new memory, (..., V)."""
     inputs = _loss_inputs(logits, targets, weights, token_weights, None)
-    gradient = empty_gradient(inputs.logits)
+    gradient = empty_gradient(inputs.logits, contiguous=contiguous)
     flat_upstream = upstream.reshape(-1) if options.reduction == "none" else upstream
     with torch.autocast(logits.device.type, enabled=False):
         backend_module(backend).backward(inputs, options, row_state, scalars, flat_upstream, gradient)
@@ -226,7 +228,10 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.gradient = gradient
         ctx.handed_over = False
         ctx.options, ctx.backend = options, backend
-        ctx.save_for_backward(logits, targets, weights, token_weights, outputs.row_state, outputs.scalars)
+        if ctx.inplace:
+            ctx.save_for_backward(logits)  # the gradient is in them, and nothing else is needed
+        else:
+            ctx.save_for_backward(logits, targets, weights, token_weights, outputs.row_state, outputs.scalars)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -363,7 +368,10 @@ def _backward_operator(
 ) -> Tensor:
     options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     backend = choose_backend(backend, logits.device, logits.dtype)
-    return _run_backward(logits, targets, weights, token_weights, row_state, scalars, options, backend, upstream)
+    # Contiguous, as the fake implementation promises to the compiler.
+    return _run_backward(
+        logits, targets, weights, token_weights, row_state, scalars, options, backend, upstream, contiguous=True
+    )
 
 
 @_backward_operator.register_fake
