@@ -1,11 +1,15 @@
 """English text that every Python installation carries: the docstrings of its standard library.
 
 Nothing is downloaded, and the same Python version gives the same documents in the same order.
+
+    python examples/docstring_corpus.py docstrings.jsonl     # one {"text": ...} a line, the demo's training part
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import random
 import sysconfig
 import tokenize
@@ -30,6 +34,7 @@ EXCLUDED_FOLDERS = frozenset(
         "turtledemo",
     }
 )
+HELD_OUT_FRACTION = 0.1  # of the module files
 MINIMUM_CHARACTERS = 80
 MAXIMUM_CHARACTERS = 4000
 SHINGLE_WORDS = 5
@@ -121,3 +126,19 @@ def split_by_module(documents: Sequence[Document], held_out_fraction: float, see
     generator.shuffle(training)
     generator.shuffle(held_out)
     return Corpus(training, held_out, near_duplicates_dropped=len(candidates) - len(held_out))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the demo's training documents as JSON lines.")
+    parser.add_argument("output", type=Path, help="the file to write; an old one is replaced")
+    output = parser.parse_args(arguments).output
+    documents = split_by_module(collect_documents(), HELD_OUT_FRACTION, seed=0).training
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.part")
+    temporary.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents))
+    temporary.replace(output)
+    print(f"{output}: {len(documents)} documents")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from docstring_corpus import Corpus, Document, collect_documents, split_by_module
+from docstring_corpus import HELD_OUT_FRACTION, Corpus, Document, collect_documents, split_by_module
 from docstring_options import (
     UserError,
     backend_that_runs,
@@ -45,15 +45,13 @@ from frequency_buckets import (
     require_every_bucket,
     require_telling_scores,
     scores_by_bucket,
-    weight_table,
 )
 from smollm2 import MODEL_NAME, SplitModel, find_model_file, load_pretrained, split_model
 from torch import Tensor
 
 import pdl_kernels
-from pdl_kernels import pdl_cross_entropy
+from pdl_kernels import PowerLawWeighting, TokenCounts, describe, pdl_cross_entropy
 
-HELD_OUT_FRACTION = 0.1  # of the module files
 UNTOUCHED, CROSS_ENTROPY, PDL = "untouched", "cross entropy", "PDL"
 
 
@@ -271,13 +269,15 @@ def run(options: argparse.Namespace) -> None:
         held_out = held_out.select(slice(options.held_out_sequences))
 
     # Counted over the whole training part, not only over the batches drawn from it: weights describe the text.
-    counts = torch.bincount(training.targets.flatten(), minlength=model.vocabulary)  # (V,)
+    counts = TokenCounts(model.vocabulary).update(training.targets, shift=False)
     try:
-        weights = weight_table(counts, options.alpha, options.eps)  # (V,)
+        weights = PowerLawWeighting(alpha=options.alpha, eps=options.eps).table(counts)  # (V,)
     except ValueError as error:
         raise UserError(f"--alpha {options.alpha} with --eps {options.eps}: {error}") from None
-    bucket_of = assign_buckets(counts)  # (V,)
-    buckets = describe_buckets(counts, weights, bucket_of, held_out.targets)
+    description = describe(weights, counts, tokenizer)
+    print(description)
+    bucket_of = assign_buckets(counts.counts)  # (V,)
+    buckets = describe_buckets(counts.counts, weights, bucket_of, held_out.targets)
     require_every_bucket(buckets)
 
     scores, histories = train_and_evaluate(
@@ -293,6 +293,11 @@ def run(options: argparse.Namespace) -> None:
         "text": describe_corpus(corpus, training, held_out),
         "bucket_definition": BUCKET_DEFINITION,
         "buckets": buckets,
+        "weights": {
+            "effective_sample": description.effective_sample,
+            "frequent_share": description.frequent_share,
+            "frequent_share_unweighted": description.frequent_share_unweighted,
+        },
         "scores": {model: {row: asdict(score) for row, score in rows.items()} for model, rows in scores.items()},
         "training": histories,
         "seconds": watch.seconds,

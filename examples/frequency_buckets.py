@@ -1,4 +1,4 @@
-"""Weights from the training part's token counts, and held-out scores by token frequency."""
+"""Held-out scores by how often a token occurs in the training part."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from pdl_kernels import power_law_weights
 
 BUCKETS = ("frequent", "medium", "rare")
 # Upper limits of the first two buckets, as cumulative shares of the training tokens; the rest is rare.
@@ -33,25 +31,6 @@ class Score:
     nll: float
     accuracy: float
     tokens: int
-
-
-def weight_table(
-    counts: Tensor,  # (V,) int64, targets of the training part
-    alpha: float,
-    eps: float,
-) -> Tensor:  # (V,) float32
-    """`1 / (count + eps) ** alpha`, scaled to a mean of 1 over the training targets; 1 for a type never seen.
-
-    A mean of 1 makes the loss as large as plain cross entropy on average, so that one learning rate suits both. A
-    type never seen says nothing about its frequency, and the bare formula would give it the largest weight of all.
-    """
-    weights = power_law_weights(counts, alpha, eps).double()
-    seen = counts > 0
-    mean = (weights[seen] * counts[seen]).sum() / counts.sum()
-    table = torch.where(seen, weights / mean, 1.0).float()
-    if not table.isfinite().all():
-        raise ValueError("the weights cannot be normalised: they vanish for every type of the training part")
-    return table
 
 
 def assign_buckets(counts: Tensor) -> Tensor:  # (V,) int64 -> (V,) int64, indices into BUCKETS

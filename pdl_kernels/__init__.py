@@ -9,9 +9,44 @@ __version__ = "0.1.0"
 if version_tuple(torch.__version__) < MINIMUM_TORCH:
     raise ImportError(f"pdl_kernels needs torch >= {dotted(MINIMUM_TORCH)}, and torch {torch.__version__} is installed")
 
+from pdl_kernels.calibration import calibration_bias
+from pdl_kernels.description import describe
+from pdl_kernels.frequency import TokenCounts
 from pdl_kernels.functional import pdl_cross_entropy
 from pdl_kernels.modules import PDLCrossEntropyLoss
 from pdl_kernels.options import LossStats
-from pdl_kernels.weighting import power_law_weights
+from pdl_kernels.other_weightings import (
+    ClassBalancedWeighting,
+    IDFWeighting,
+    InverseFrequencyWeighting,
+    SmoothedInverseWeighting,
+    SquareRootInverseFrequencyWeighting,
+)
+from pdl_kernels.tokenizers import special_token_ids
+from pdl_kernels.weighting import (
+    PowerLawWeighting,
+    WeightSchedule,
+    load_weights,
+    power_law_weights,
+    save_weights,
+)
 
-__all__ = ["LossStats", "PDLCrossEntropyLoss", "pdl_cross_entropy", "power_law_weights"]
+__all__ = [
+    "ClassBalancedWeighting",
+    "IDFWeighting",
+    "InverseFrequencyWeighting",
+    "LossStats",
+    "PDLCrossEntropyLoss",
+    "PowerLawWeighting",
+    "SmoothedInverseWeighting",
+    "SquareRootInverseFrequencyWeighting",
+    "TokenCounts",
+    "WeightSchedule",
+    "calibration_bias",
+    "describe",
+    "load_weights",
+    "pdl_cross_entropy",
+    "power_law_weights",
+    "save_weights",
+    "special_token_ids",
+]

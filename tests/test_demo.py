@@ -174,26 +174,6 @@ class TestBuckets:
         assert scores["overall"] == buckets.Score(nll=4.0, accuracy=0.5, tokens=4)
 
 
-class TestWeights:
-    @pytest.mark.parametrize(("alpha", "eps"), [(0.4, 1.0), (1.0, 1e-7), (2.0, 0.5)])
-    def test_the_mean_over_the_training_targets_is_one(self, alpha, eps):
-        counts = torch.tensor([1000, 0, 30, 1, 7])
-        weights = buckets.weight_table(counts, alpha, eps)
-        assert weights.dtype == torch.float32
-        assert (weights.double() * counts).sum().item() / counts.sum().item() == pytest.approx(1.0, abs=1e-6)
-        assert weights[1].item() == 1.0
-        ratio = ((counts[3] + eps) / (counts[0] + eps)) ** -alpha
-        assert (weights[3] / weights[0]).item() == pytest.approx(ratio.item(), rel=1e-5)
-
-    def test_alpha_zero_is_plain_cross_entropy(self):
-        assert buckets.weight_table(torch.tensor([5, 0, 2]), 0.0, 1.0).tolist() == [1.0, 1.0, 1.0]
-
-    @pytest.mark.parametrize(("alpha", "eps"), [(40.0, 1e-7), (2000.0, 1.0)], ids=["overflow", "vanish"])
-    def test_weights_that_cannot_be_used_are_refused(self, alpha, eps):
-        with pytest.raises(ValueError, match="weight"):
-            buckets.weight_table(torch.tensor([5, 0, 2]), alpha, eps)
-
-
 class TestSequences:
     def test_every_token_is_the_target_of_its_predecessor_once(self):
         def tokenizer(texts, add_special_tokens):

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import pdl_kernels
-from pdl_kernels import functional, modules, weighting
+from pdl_kernels import calibration, description, frequency, functional, modules, other_weightings, weighting
+
+DOCUMENTED = (calibration, description, frequency, functional, modules, other_weightings, weighting)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("module", [functional, modules, weighting], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
 def test_docstring_examples(module):
     names = {**vars(pdl_kernels), "torch": torch}
     results = doctest.testmod(module, extraglobs=names)
@@ -21,13 +23,16 @@ def test_docstring_examples(module):
     assert results.failed == 0
 
 
-def test_readme_snippets():
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/weights.md"])
+def test_snippets(page, tmp_path, monkeypatch):
+    """Each runs as written, one after the other in one namespace per page."""
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippets
+    names: dict[str, object] = {"__name__": "snippet"}
     for snippet in snippets:
-        names: dict[str, object] = {}
         exec(snippet, names)
-        assert names["logits"].grad.abs().sum() > 0
+    assert names["logits"].grad.abs().sum() > 0
 
 
 def test_readme_names_only_targets_that_exist():

@@ -1,0 +1,1 @@
+"""Training and inference frameworks, one file each, imported only on demand."""

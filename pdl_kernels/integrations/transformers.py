@@ -1,0 +1,36 @@
+"""For Hugging Face transformers."""
+
+import math
+from typing import Any
+
+from torch import FloatTensor, LongTensor, Tensor
+from transformers import LogitsProcessor
+
+from pdl_kernels.calibration import calibration_bias
+
+
+class CalibrationLogitsProcessor(LogitsProcessor):
+    """logits - strength * log w, for `generate` of a model that was trained with the weights w.
+
+    strength=1 undoes the shift (see `calibration_bias`), 0 leaves the model as it was trained, and what lies between
+    trades natural text for rare tokens without training again.
+
+    Args:
+        table: (V,) weights > 0, as wide as the logits.
+        strength: any finite number.
+
+    Use: `model.generate(..., logits_processor=[CalibrationLogitsProcessor(table, strength=0.5)])`. It belongs before
+    processors that cut or scale logits, such as temperature and top-p, which is where `generate` puts custom ones.
+    """
+
+    def __init__(self, table: Tensor, strength: float = 1.0) -> None:
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is {strength}; accepted is a finite number")
+        self.bias = strength * calibration_bias(table)  # (V,)
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> Any:
+        if scores.shape[-1] != len(self.bias):
+            raise ValueError(f"table has {len(self.bias)} weights; accepted is {scores.shape[-1]}, the logits' width")
+        if self.bias.device != scores.device:
+            self.bias = self.bias.to(scores.device)
+        return scores + self.bias.to(scores.dtype)
