@@ -1,0 +1,1 @@
+"""Measures the loss and its peers: `python -m benchmarks --help`."""

@@ -13,7 +13,8 @@ from pdl_kernels.calibration import calibration_bias
 from pdl_kernels.description import describe
 from pdl_kernels.frequency import TokenCounts
 from pdl_kernels.functional import pdl_cross_entropy
-from pdl_kernels.modules import PDLCrossEntropyLoss
+from pdl_kernels.linear import pdl_linear_cross_entropy
+from pdl_kernels.modules import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss
 from pdl_kernels.options import LossStats
 from pdl_kernels.other_weightings import (
     ClassBalancedWeighting,
@@ -37,6 +38,7 @@ __all__ = [
     "InverseFrequencyWeighting",
     "LossStats",
     "PDLCrossEntropyLoss",
+    "PDLLinearCrossEntropyLoss",
     "PowerLawWeighting",
     "SmoothedInverseWeighting",
     "SquareRootInverseFrequencyWeighting",
@@ -46,6 +48,7 @@ __all__ = [
     "describe",
     "load_weights",
     "pdl_cross_entropy",
+    "pdl_linear_cross_entropy",
     "power_law_weights",
     "save_weights",
     "special_token_ids",

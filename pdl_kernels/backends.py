@@ -79,6 +79,19 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     return "eager"
 
 
+def explain_auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """What "auto" runs on tensors of this device and dtype, and why."""
+    if device.type not in ("cpu", "cuda"):
+        return "eager", f"the kernels run on 'cuda' (CUDA and ROCm), and this is a device of type {device.type!r}"
+    if dtype not in TRITON_DTYPES:
+        return "eager", f"the kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        only_asked = "runs its interpreter there, slowly, and only for backend='triton'"
+        return "eager", f"plain torch is the fast way on a CPU; Triton {only_asked} with TRITON_INTERPRET=1"
+    problem = triton_import_problem()
+    return ("triton", "the fused kernels run on this device") if problem is None else ("eager", problem)
+
+
 def backend_module(backend: str) -> ModuleType:
     """The module with `forward`, `backward` and `adjust`. Triton is imported only here, and only when it is chosen."""
     if backend == "triton":

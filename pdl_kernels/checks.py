@@ -93,8 +93,7 @@ def check_tensors(logits: Tensor, targets: Tensor, weights: Tensor | None, token
         )
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; accepted is (..., V) with V >= 1 classes")
-    if targets.dtype not in TARGET_DTYPES:
-        raise TypeError(f"targets are {targets.dtype}; accepted are {_names(TARGET_DTYPES)} class indices")
+    check_target_dtype(targets)
     if targets.shape != logits.shape[:-1]:
         hint = ""
         if logits.dim() > 2 and targets.shape == logits.shape[:1] + logits.shape[2:]:
@@ -103,18 +102,30 @@ def check_tensors(logits: Tensor, targets: Tensor, weights: Tensor | None, token
             f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; accepted are targets of "
             f"shape {tuple(logits.shape[:-1])}{hint}"
         )
-    _check_same_device("targets", targets, logits)
+    check_factors(targets, weights, token_weights, "logits", logits, logits.shape[-1])
+
+
+def check_target_dtype(targets: Tensor) -> None:
+    if targets.dtype not in TARGET_DTYPES:
+        raise TypeError(f"targets are {targets.dtype}; accepted are {_names(TARGET_DTYPES)} class indices")
+
+
+def check_factors(
+    targets: Tensor, weights: Tensor | None, token_weights: Tensor | None, name: str, owner: Tensor, vocab_size: int
+) -> None:
+    """What weighs the targets, against the tensor called `name` that decides the device."""
+    _check_same_device("targets", targets, name, owner)
     if weights is not None:
         check_weight_table(weights)
-        _check_same_device("weights", weights, logits)
-        if weights.shape != (logits.shape[-1],):
+        _check_same_device("weights", weights, name, owner)
+        if weights.shape != (vocab_size,):
             raise ValueError(
-                f"weights have shape {tuple(weights.shape)}; accepted is ({logits.shape[-1]},), one per column of the "
+                f"weights have shape {tuple(weights.shape)}; accepted is ({vocab_size},), one per column of the "
                 "logits: the model's output layer may be longer than the tokenizer"
             )
     if token_weights is not None:
         _check_factor("token_weights", token_weights)
-        _check_same_device("token_weights", token_weights, logits)
+        _check_same_device("token_weights", token_weights, name, owner)
         if token_weights.shape != targets.shape:
             raise ValueError(
                 f"token_weights have shape {tuple(token_weights.shape)}; accepted is {tuple(targets.shape)}, the shape "
@@ -137,9 +148,11 @@ def _check_factor(name: str, value: Tensor) -> None:
         raise NotImplementedError(f"{name} require grad; accepted are tensors that do not: pass {name}.detach()")
 
 
-def _check_same_device(name: str, value: Tensor, logits: Tensor) -> None:
-    if value.device != logits.device:
-        raise ValueError(f"{name} are on {value.device} and logits on {logits.device}; accepted is the logits' device")
+def _check_same_device(name: str, value: Tensor, owner_name: str, owner: Tensor) -> None:
+    if value.device != owner.device:
+        raise ValueError(
+            f"{name} are on {value.device} and {owner_name} on {owner.device}; accepted is the device of {owner_name}"
+        )
 
 
 def check_normalizer(normalizer: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | float | None:

@@ -46,7 +46,10 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") == f"pdl_kernels {kind}" and header.get("format_version") == str(FORMAT_VERSION):
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header["facts"])  # noqa: SIM118
+                facts = json.loads(header["facts"])
+                if not isinstance(facts, dict):
+                    raise ValueError(f"its facts are a {type(facts).__name__}")
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is damaged or no safetensors file ({error})") from None
     found = header.get("format") or "a safetensors file of another program"

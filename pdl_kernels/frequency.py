@@ -115,10 +115,11 @@ class TokenCounts:
             if self.document_counts is not None:
                 document_counts += self._count_documents(piece, kept)
             sequences += len(piece.lengths)
-        self.counts += torch.from_numpy(counts)
+        sums: dict[str, Any] = {"sequences": self.sequences + sequences}
+        sums["counts"] = self.counts + torch.from_numpy(counts)
         if self.document_counts is not None:
-            self.document_counts += torch.from_numpy(document_counts)
-        self.sequences += sequences
+            sums["document_counts"] = self.document_counts + torch.from_numpy(document_counts)
+        vars(self).update(sums)  # in one step: Ctrl-C finds all of a batch counted or none, or resuming would be wrong
         return self
 
     def _count(self, piece: Piece, kept: npt.NDArray[np.bool_]) -> Integers:
@@ -152,34 +153,38 @@ class TokenCounts:
         documents: bool = False,
         tokenizer: str | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        source: str | None = None,
         batch_size: int = 1000,
         progress: bool = True,
     ) -> TokenCounts:
         """Count one column of a Hugging Face data set, or of any iterable of rows.
 
         Args:
-            dataset: a `datasets.Dataset` or `IterableDataset`, read as arrow batches, or an iterable of mappings.
+            dataset: a `datasets.Dataset` or `IterableDataset`, read as arrow batches; an object with a method
+                `arrow_tables(column, skipped, batch_size)` that yields `pyarrow.Table`s; or an iterable of mappings.
             column: the column of label ids, a list per row.
             shift, ignore_index: as in `update`.
             documents, tokenizer: as in the class.
             checkpoint: a file for interrupted counts. It is written now and then, at the end, and when an error or
                 Ctrl-C ends the counting; where it exists, counting goes on at the row where it stopped. A checkpoint
                 of another data set or other settings is refused (`ValueError`). A Hugging Face data set is known by
-                its fingerprint, other iterables by nothing: there the caller answers for passing the same rows.
+                its fingerprint, other iterables by nothing but `source`: there the caller answers for passing the same
+                rows.
+            source: what the rows are, in words, for `counted`; a checkpoint of another source is refused.
             batch_size: rows read at a time.
             progress: show a progress bar.
 
         Returns counts whose `counted` says what they are of.
         """
         _check_shift_and_ignore_index(shift, ignore_index)
-        fingerprint = getattr(dataset, "_fingerprint", None)
-        source = "an iterable" if fingerprint is None else f"data set {fingerprint}"
+        if source is None:
+            fingerprint = getattr(dataset, "_fingerprint", None)
+            source = "an iterable" if fingerprint is None else f"data set {fingerprint}"
         counts = cls(vocab_size, documents=documents, tokenizer=tokenizer)
         counts.counted = f"column {column!r} of {source}, {_settings(shift, ignore_index)}"
+        _check_batch_size(batch_size)
         counts._resume(checkpoint)
-        arrow = hasattr(dataset, "with_format") and hasattr(dataset, "iter")
-        read = label_sources.arrow_batches if arrow else label_sources.row_batches
-        batches = read(dataset, column, shift, counts.sequences, batch_size)
+        batches = label_sources.batches(dataset, column, shift, counts.sequences, batch_size)
         counts._add_batches(batches, ignore_index, checkpoint, label_sources.length(dataset), "row", progress)
         return counts
 
@@ -207,7 +212,8 @@ class TokenCounts:
         """
         _check_shift_and_ignore_index(shift, ignore_index)
         counts = cls(vocab_size, documents=documents, tokenizer=tokenizer)
-        counts.counted = f"{column!r} of a data loader, {_settings(shift, ignore_index)}"
+        place = getattr(column, "__name__", type(column).__name__) if callable(column) else repr(column)
+        counts.counted = f"{place} of a data loader, {_settings(shift, ignore_index)}"
         batches = tqdm(loader, desc="counting", unit="batch", total=label_sources.length(loader), disable=not progress)
         for number, batch in enumerate(batches):
             labels = label_sources.labels_of(batch, column)
@@ -226,6 +232,7 @@ class TokenCounts:
         append_eos: bool = False,
         documents: bool = False,
         checkpoint: str | os.PathLike[str] | None = None,
+        source: str = "texts",
         batch_size: int = 1000,
         progress: bool = True,
     ) -> TokenCounts:
@@ -239,7 +246,7 @@ class TokenCounts:
             shift: leave out each text's first token, which a causal model never predicts.
             add_special_tokens: let the tokenizer add its own, such as BOS.
             append_eos: count one EOS after each text, where training appends it and the tokenizer does not.
-            checkpoint: as in `from_dataset`; resuming skips as many texts as were counted.
+            checkpoint, source: as in `from_dataset`; resuming skips as many texts as were counted.
 
         Raises:
             TypeError: an entry that is no string, or a tokenizer of another kind.
@@ -253,7 +260,8 @@ class TokenCounts:
         counts = cls(size, documents=documents, tokenizer=name_of(tokenizer))
         special = "with" if add_special_tokens else "without"
         eos = ", EOS appended" if append_eos else ""
-        counts.counted = f"texts, {_settings(shift, None)}, {special} the tokenizer's special tokens{eos}"
+        counts.counted = f"{source}, {_settings(shift, None)}, {special} the tokenizer's special tokens{eos}"
+        _check_batch_size(batch_size)
         counts._resume(checkpoint)
 
         def batches() -> Iterator[tuple[int, Iterator[Piece]]]:
@@ -303,7 +311,7 @@ class TokenCounts:
                     since_checkpoint = 0
         finally:  # also after Ctrl-C: what was counted is kept
             bar.close()
-            if checkpoint is not None:
+            if checkpoint is not None and self.sequences:  # an error before the first row leaves no file in the way
                 self.save(checkpoint)
 
     # Adding up
@@ -408,6 +416,8 @@ class TokenCounts:
 def _file_problem(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
     if missing := {"vocab_size", "tokens", "sequences", "tokenizer", "counted"} - facts.keys():
         return f"it does not say {', '.join(sorted(missing))}"
+    if not isinstance(facts["sequences"], int) or facts["sequences"] < 0:
+        return f"sequences are {facts['sequences']!r}"
     if "counts" not in tensors:
         return "it holds no counts"
     for name, tensor in tensors.items():
@@ -425,6 +435,11 @@ def _check_shift_and_ignore_index(shift: object, ignore_index: object) -> None:
         raise TypeError(f"shift is {shift!r}; accepted are True (causal labels) and False (labels that are targets)")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted is an integer")
+
+
+def _check_batch_size(batch_size: object) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; accepted is an integer >= 1")
 
 
 def _settings(shift: bool, ignore_index: int | None) -> str:

@@ -134,8 +134,9 @@ def pdl_cross_entropy(
         if inplace and logits.requires_grad and torch.is_grad_enabled():
             checks.check_inplace(logits)
     outputs = operation.cross_entropy(logits, targets, weights, token_weights, denominator, options, backend, inplace)
-    if not return_stats:
-        return outputs.loss
-    scalars = outputs.scalars.detach().clone()  # backward reads the others: changing a statistic must not reach them
-    stats = LossStats(scalars[NLL], scalars[ACCURACY], scalars[WEIGHT_SUM], outputs.token_count.detach())
-    return outputs.loss, stats
+    return (outputs.loss, stats_of(outputs.scalars, outputs.token_count)) if return_stats else outputs.loss
+
+
+def stats_of(scalars: Tensor, token_count: Tensor) -> LossStats:
+    scalars = scalars.detach().clone()  # backward reads the others: changing a statistic must not reach them
+    return LossStats(scalars[NLL], scalars[ACCURACY], scalars[WEIGHT_SUM], token_count.detach())

@@ -29,13 +29,26 @@ def split_rows(rows: Sequence[Any], shift: bool, name: str, first_row: int) -> I
     return gather_pieces(itertools.chain.from_iterable(pieces))
 
 
+def batches(dataset: Any, column: str, shift: bool, skipped: int, batch_size: int) -> Batches:
+    """The rows of `dataset` after the first `skipped`, read in the fastest way it offers."""
+    if hasattr(dataset, "arrow_tables"):
+        return table_batches(dataset.arrow_tables(column, skipped, batch_size), column, shift, skipped)
+    if hasattr(dataset, "with_format") and hasattr(dataset, "iter"):
+        return arrow_batches(dataset, column, shift, skipped, batch_size)
+    return row_batches(dataset, column, shift, skipped, batch_size)
+
+
 def arrow_batches(dataset: Any, column: str, shift: bool, skipped: int, batch_size: int) -> Batches:
     names = getattr(dataset, "column_names", None)
     if names is not None and column not in names:
         raise ValueError(f"column is {column!r}; accepted are the data set's columns {', '.join(map(repr, names))}")
-    rows = skipped
     dataset = (dataset.skip(skipped) if skipped else dataset).select_columns([column]).with_format("arrow")
-    for table in dataset.iter(batch_size=batch_size):
+    yield from table_batches(dataset.iter(batch_size=batch_size), column, shift, skipped)
+
+
+def table_batches(tables: Iterable[Any], column: str, shift: bool, skipped: int) -> Batches:
+    rows = skipped
+    for table in tables:
         yield len(table), split_arrow(table[column], shift, column, rows)
         rows += len(table)
 
@@ -66,11 +79,14 @@ def split_arrow(column: Any, shift: bool, name: str, first_row: int) -> Iterator
     import pyarrow as pa
 
     for chunk in column.chunks:
-        if pa.types.is_fixed_size_list(chunk.type):
+        if pa.types.is_null(chunk.type):
+            chunk = chunk.cast(pa.list_(pa.int64()))
+        elif pa.types.is_fixed_size_list(chunk.type):
             chunk = chunk.cast(pa.list_(chunk.type.value_type))
         if not (pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type)):
             raise TypeError(f"the column {name!r} holds {chunk.type}; accepted are lists of integer ids")
-        if not pa.types.is_integer(chunk.type.value_type):
+        # Rows that are all empty make a list of null.
+        if not (pa.types.is_integer(chunk.type.value_type) or pa.types.is_null(chunk.type.value_type)):
             raise TypeError(f"the column {name!r} holds lists of {chunk.type.value_type}; accepted are integer ids")
         flat = chunk.flatten()  # without the ids of null rows
         if flat.null_count:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "token_mean", "sum", "none")
@@ -37,6 +38,15 @@ class LossOptions(NamedTuple):
     return_stats: bool = False
 
 
+class LinearOptions(NamedTuple):
+    """What `pdl_linear_cross_entropy` takes beyond `LossOptions`, already checked."""
+
+    chunk_size: int | None = None
+    accumulate_dtype: torch.dtype = torch.float32
+    compact: bool | None = None
+    row_sampling: float = 0.0
+
+
 class LossInputs(NamedTuple):
     """The tensors of one call, as both backends take them (N = rows_outer * rows_inner)."""
 
@@ -55,11 +65,40 @@ class LossInputs(NamedTuple):
         return self.logits.shape[-1]
 
 
+class RowOutputs(NamedTuple):
+    """What a backend finds for each row, before anything is summed."""
+
+    loss: Tensor  # (N,)
+    state: Tensor  # (2, N): see LossOutputs.row_state
+    stats: Tensor | None  # (2, N): cross entropy of counted rows; 1 where the target reaches the row's maximum
+
+
 class LossOutputs(NamedTuple):
     """What a backend's forward returns; everything but `loss` serves backward and the statistics."""
 
     loss: Tensor  # () or (N,) for "none"
     row_state: Tensor  # (2, N): maximum of the raw logits; sum of exp(z - z of that maximum)
+    scalars: Tensor  # (6,): see SCALARS
+    token_count: Tensor  # (), int64
+
+
+class LinearInputs(NamedTuple):
+    """The tensors of one call of the loss fused with the output projection."""
+
+    hidden: Tensor  # (..., H)
+    lm_head_weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    targets: Tensor  # (...)
+    weights: Tensor | None  # (V,)
+    token_weights: Tensor | None  # (...)
+    seed: Tensor | None  # (), for row sampling
+
+
+class LinearOutputs(NamedTuple):
+    """What it returns; everything but `loss` serves backward and the statistics."""
+
+    loss: Tensor  # () or (...) for "none"
+    row_state: Tensor  # (2, N) for "none", (2, 0) otherwise: see LossOutputs
     scalars: Tensor  # (6,): see SCALARS
     token_count: Tensor  # (), int64
 

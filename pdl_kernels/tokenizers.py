@@ -69,11 +69,11 @@ def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(named | {index for index, token in added.items() if token.special}))
 
 
-def token_text(tokenizer: Any, index: int) -> str:
-    """The token as a reader sees it: its own text, not decoded inside a sequence."""
+def token_text(tokenizer: Any, index: int) -> str | None:
+    """The token as a reader sees it: its own text, not decoded inside a sequence. None where there is no such id."""
     if _is_transformers(tokenizer):
         text = tokenizer.decode([index], clean_up_tokenization_spaces=False)
         # Bytes that are no character on their own decode to a replacement sign, which tells nothing.
-        return text if text and "�" not in text else str(tokenizer.convert_ids_to_tokens(index))
+        return text if text and "�" not in text else tokenizer.convert_ids_to_tokens(index)
     text = tokenizer.decode([index], skip_special_tokens=False)
-    return text if text and "�" not in text else str(tokenizer.id_to_token(index))
+    return text if text and "�" not in text else tokenizer.id_to_token(index)

@@ -229,7 +229,8 @@ class WeightSchedule:
         check_number("step", step, 0, math.inf)
         ratio = self.ratio_at(step)
         # At the end the table itself, not 1 + (w - 1), which would round small weights away.
-        weights = self.table.float() if ratio == 1 else torch.lerp(torch.ones_like(self.table), self.table, ratio)
+        table = self.table.detach().float()
+        weights = table if ratio == 1 else torch.lerp(torch.ones_like(table), table, ratio)
         return weights.clone() if out is None else out.copy_(weights)
 
 

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from benchmarks.roofline.compile import CompilingDriver
+from benchmarks.roofline.hardware import HARDWARE
 from pdl_kernels import backends, pdl_cross_entropy
 from pdl_kernels.kernels import cross_entropy as kernels
 
@@ -38,8 +39,8 @@ class Launches:
         Launches.counts[self.name] += 1
 
 
-class StubbedDriver:
-    """An sm_90 device that loads and runs nothing."""
+class StubbedDriver(CompilingDriver):
+    """A device that loads and runs nothing."""
 
     launcher_cls = Launches
     utils = SimpleNamespace(
@@ -47,15 +48,6 @@ class StubbedDriver:
         get_device_properties=lambda *_: {"max_shared_mem": 232448},
         unload_module=lambda *_: None,
     )
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
     def get_device_capability(self, device: int) -> tuple[int, int]:
         return (9, 0)
@@ -78,7 +70,7 @@ def step(rows: int, vocab_size: int, **options: Any) -> None:
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    driver.set_active(StubbedDriver())
+    driver.set_active(StubbedDriver(HARDWARE["sm_90"].target))
     backends.triton_problem = lambda device, dtype: None  # CPU tensors stand in for the device's
     result: dict[str, Any] = {}
 

@@ -1,7 +1,8 @@
-"""Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942: no spills, 16-byte accesses.
+"""Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942: no spills, 16-byte accesses, one layout.
 
-The cases and the compiler are in compile_kernels.py, a program of its own. The same tests run with the oldest supported
-Triton through scripts/compile_with_old_triton.sh.
+What is compiled is what the launcher would launch: benchmarks.roofline, a program of its own, because kernels that were
+imported under TRITON_INTERPRET=1 cannot be compiled. The same tests run with the oldest supported Triton through
+scripts/compile_with_old_triton.sh.
 """
 
 import json
@@ -13,80 +14,90 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("rich", reason="rich, which prints the roofline's table, is not installed")
 
-FOLDER = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 ROW_KERNELS = ("loss_rows_kernel", "gradient_rows_kernel", "slice_rows_kernel", "scale_rows_kernel")
 
 
-def run_program(name, *arguments):
+def run_program(*arguments):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, str(FOLDER / name), *arguments], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return run_program("compile_kernels.py")
+def compiled(tmp_path_factory):
+    """The variants of the quick roofline, which fails on spills, narrow accesses and exceeded budgets by itself."""
+    path = tmp_path_factory.mktemp("roofline") / "quick.json"
+    run_program("-m", "benchmarks.roofline", "--quick", "--json", path)
+    report = json.loads(path.read_text())
+    assert report["problems"] == []
+    return report["variants"]
+
+
+def name(variant):
+    return " ".join(
+        str(variant[key]) for key in ("kernel", "target", "call", "dtype", "vocab_size", "options", "layout")
+    )
 
 
 def test_every_kernel_is_compiled_for_every_target(compiled):
-    source = (FOLDER.parent / "pdl_kernels/kernels/cross_entropy.py").read_text()
+    source = (ROOT / "pdl_kernels/kernels/cross_entropy.py").read_text()
     kernels = {line.split("(")[0].removeprefix("def ") for line in source.splitlines() if "_kernel(" in line}
     for target in TARGETS:
-        assert {row["case"]["kernel"] for row in compiled if row["case"]["target"] == target} == kernels
+        assert {variant["kernel"] for variant in compiled if variant["target"] == target} == kernels
 
 
 def test_no_kernel_spills(compiled):
-    assert [(row["id"], row["spills"]) for row in compiled if row["spills"]] == []
+    assert [(name(variant), variant["spills"]) for variant in compiled if variant["spills"]] == []
 
 
 def test_rows_are_read_and_written_sixteen_bytes_at_a_time(compiled):
-    narrow = []
-    for row in compiled:
-        case = row["case"]
-        if case["kernel"] not in ROW_KERNELS or case["column_stride"] != 1:
-            continue
-        amd = case["target"] == "gfx942"
-        is_wide = (lambda name: name.endswith("dwordx4")) if amd else (lambda name: name.endswith(".128"))
-        loads = [n for n in row["memory"] if n.startswith(("LDG", "global_load"))]
-        stores = [n for n in row["memory"] if n.startswith(("STG", "global_store"))]
-        if not any(map(is_wide, loads)):
-            narrow.append((row["id"], "loads"))
-        if case["gradient"] and not any(map(is_wide, stores)):
-            narrow.append((row["id"], "stores"))
+    aligned = [variant for variant in compiled if variant["aligned"]]
+    assert {variant["kernel"] for variant in aligned} == set(ROW_KERNELS)
+    for variant in aligned:
+        for walk in variant["walks"]:
+            assert not walk["narrow"], name(variant)
+            if walk["role"] in ("first of two", "forward only", "scale"):
+                assert walk["load_bytes"] == 16, name(variant)
+            if walk["role"] in ("gradient", "scale"):
+                assert walk["store_bytes"] == 16, name(variant)
         # The target column and its neighbours' edges are all that may be narrow: a handful, not a tile.
-        element_wide = (".U16", "ushort", "_short")
-        if sum(n for name, n in row["memory"].items() if name.endswith(element_wide)) > 3 * 8:
-            narrow.append((row["id"], row["memory"]))
-    assert narrow == []
+        single = sum(one["instructions"] for one in variant["accesses"] if one["bytes"] == 2)
+        assert single <= 3 * 8, name(variant)
 
 
 def test_all_stores_of_a_row_have_one_layout(compiled):
     """The thread that wrote the target column in bulk writes it again: see store_target_column."""
-    layouts = {row["id"]: row["tile_store_layouts"] for row in compiled if row["tile_store_layouts"]}
+    layouts = {name(variant): variant["tile_store_layouts"] for variant in compiled if variant["tile_store_layouts"]}
     assert len(layouts) > 30
-    assert {name: found for name, found in layouts.items() if len(found) != 1} == {}
+    assert {one: found for one, found in layouts.items() if len(found) != 1} == {}
 
 
 def test_exponentials_take_one_fused_multiply_add(compiled):
-    plain = [row for row in compiled if row["case"]["kernel"] == "loss_rows_kernel" and row["case"]["name"] == "plain"]
+    plain = [
+        variant
+        for variant in compiled
+        if (variant["kernel"], variant["call"], variant["options"], variant["layout"], variant["vocab_size"])
+        == ("loss_rows_kernel", "loss + gradient", "plain", "", 128256)
+    ]
     assert len(plain) == 12
-    assert all(row["fused"] for row in plain)
-    # 7 instructions an element in the two walks, twice the 3.5 without which nothing could be done: a guard against a
-    # layout or conversion gone wrong, not a goal.
-    for row in plain:
-        if row["case"]["target"] != "gfx942":
-            assert len(row["instructions_per_element"]) == 2, row["id"]
-            assert max(row["instructions_per_element"]) < 7.0, row["id"]
+    for variant in plain:
+        first, second = variant["walks"]
+        assert variant["fused_multiply_add"] >= first["elements"] + second["elements"], name(variant)
+        # An exponential per element, and what a tile's rescaling takes.
+        assert first["special"] <= first["elements"] + 2, name(variant)
+        assert second["special"] == second["elements"], name(variant)
 
 
 def test_launcher_without_a_gpu():
     """The real launch path against a driver that launches nothing."""
-    (result,) = run_program("stubbed_device.py")
+    result = json.loads(run_program("tests/stubbed_device.py"))
     assert result["compilations_after"] == result["compilations_before"], "a new number of rows compiled again"
     assert result["compilations_before"]["loss_rows_kernel"] == 1
     assert result["launches"] == {

@@ -8,9 +8,18 @@ import pytest
 import torch
 
 import pdl_kernels
-from pdl_kernels import calibration, description, frequency, functional, modules, other_weightings, weighting
+from pdl_kernels import (
+    calibration,
+    description,
+    frequency,
+    functional,
+    linear,
+    modules,
+    other_weightings,
+    weighting,
+)
 
-DOCUMENTED = (calibration, description, frequency, functional, modules, other_weightings, weighting)
+DOCUMENTED = (calibration, description, frequency, functional, linear, modules, other_weightings, weighting)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -38,6 +38,24 @@ def test_large_programs_name_their_registers():
     }
 
 
+def test_a_load_per_column_takes_half_the_threads():
+    """64 registers a thread, as with 1024 threads, would spill: benchmarks.roofline shows it."""
+    plan = launch.plan_rows(4096, 128256, 2, SMS, two_passes=True, vectors=False)
+    assert (plan.lanes, plan.unroll, plan.registers) == (512, 4, 128)
+
+
+def test_vectors_need_aligned_logits_and_an_aligned_gradient():
+    storage = torch.empty(4 * 128 + 1, dtype=torch.bfloat16)
+    aligned, offset = storage[:-1].view(1, 4, 128), storage[1:].view(1, 4, 128)
+    odd = torch.empty(1, 4, 129, dtype=torch.bfloat16)
+    assert launch.uses_vectors(aligned, None)
+    assert launch.uses_vectors(aligned, aligned)
+    assert launch.uses_vectors(odd, odd)
+    assert not launch.uses_vectors(offset, None)
+    assert not launch.uses_vectors(aligned, offset)
+    assert not launch.uses_vectors(aligned.transpose(1, 2), None)
+
+
 def test_programs_stay_within_the_device():
     for warp_size in (32, 64):
         for smoothing in (False, True):

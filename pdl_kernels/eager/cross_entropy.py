@@ -22,6 +22,7 @@ from pdl_kernels.options import (
     LossInputs,
     LossOptions,
     LossOutputs,
+    RowOutputs,
 )
 
 # One piece's softmax. On CPU a few megabytes beat both single rows and whole tensors; elsewhere it only bounds memory.
@@ -63,11 +64,29 @@ class _Piece:
 @torch.no_grad()
 def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
     """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
+    scalars, token_count = denominators(inputs, options)
+    rows = loss_rows(inputs, options, scalars, gradient)
+    loss = reduce_rows(rows, options, scalars, token_count)
+    return LossOutputs(loss, rows.state, scalars, token_count)
+
+
+@torch.no_grad()
+def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
+    return _denominators(inputs, options, _rows(inputs, options))
+
+
+@torch.no_grad()
+def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
+    """Each row's loss, and the gradient for an upstream gradient of 1 written to `gradient` where one is given.
+
+    `gradient` may be the logits themselves.
+    """
     rows = _rows(inputs, options)
-    scalars, token_count = _denominators(inputs, options, rows)
     factors = _factors(inputs, options, rows, scalars, upstream=None)
-    row_loss, row_nll, row_hits = (scalars.new_zeros(inputs.rows) for _ in range(3))
+    row_loss = scalars.new_zeros(inputs.rows)
     row_state = scalars.new_zeros(2, inputs.rows)
+    row_stats = scalars.new_zeros(2, inputs.rows) if options.return_stats else None
 
     active = factors.active
     read = active | rows.counted if options.return_stats else active
@@ -94,21 +113,27 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
         row_loss[piece.index] = loss
         row_state[0, piece.index] = row_max
         row_state[1, piece.index] = log_sum.exp()
-        if options.return_stats:
+        if row_stats is not None:
             counted = rows.counted[piece.index]
-            row_nll[piece.index] = torch.where(counted, cross_entropy, 0)
-            row_hits[piece.index] = (counted & (x_y >= row_max)).to(scalars.dtype)
+            row_stats[0, piece.index] = torch.where(counted, cross_entropy, 0)
+            row_stats[1, piece.index] = (counted & (x_y >= row_max)).to(scalars.dtype)
         if gradient is not None:
             piece_factors = _Factors(*(f[piece.index] for f in factors))
             _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, lse)
 
-    if options.return_stats:
-        nan = torch.where(rows.counted & ~rows.is_class, torch.nan, 0.0)  # their targets name no logit
+    if row_stats is not None:
+        row_stats[0] += torch.where(rows.counted & ~rows.is_class, torch.nan, 0.0)  # their targets name no logit
+    return RowOutputs(row_loss, row_state, row_stats)
+
+
+@torch.no_grad()
+def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_count: Tensor) -> Tensor:
+    """The loss, (N,) for "none" and 0-d otherwise; the statistics go to `scalars`."""
+    if rows.stats is not None:
         counted_tokens = token_count.clamp(min=1)
-        scalars[NLL] = (row_nll + nan).sum() / counted_tokens
-        scalars[ACCURACY] = row_hits.sum() / counted_tokens
-    loss = row_loss if options.reduction == "none" else row_loss.sum()
-    return LossOutputs(loss, row_state, scalars, token_count)
+        scalars[NLL] = rows.stats[0].sum() / counted_tokens
+        scalars[ACCURACY] = rows.stats[1].sum() / counted_tokens
+    return rows.loss if options.reduction == "none" else rows.loss.sum()
 
 
 @torch.no_grad()

@@ -23,20 +23,22 @@ import triton.language as tl
 from pdl_kernels.kernels.rows import (
     LARGEST,
     LN2,
-    block_columns,
-    column_offsets,
     contributes,
-    edge_columns,
     exp_difference,
-    fill_row,
-    interior_bounds,
-    interior_pointer,
     row_factors,
     row_gradient,
     row_max_and_sum,
+    transformed,
+)
+from pdl_kernels.kernels.tiles import (
+    block_columns,
+    column_offsets,
+    edge_columns,
+    fill_row,
+    interior_bounds,
+    interior_pointer,
     row_offset,
     slice_bounds,
-    transformed,
 )
 
 # One compilation serves every number of rows: alignment comes from VARIANT, not from the values of these arguments.
@@ -116,9 +118,10 @@ def denominators_kernel(
 
 @triton.jit
 def store_row_results(
-    row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y, counted, invalid,
+    row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
     target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT: tl.constexpr,
 ):  # fmt: skip
+    """The results of a row that was read, which therefore counts and whose target is a class."""
     reference = transformed(row_max, logit_scale, softcap, VARIANT)
     log_sum = LN2 * tl.math.log2(row_sum)
     # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
@@ -129,19 +132,13 @@ def store_row_results(
     if VARIANT.z_loss:
         lse = reference + log_sum
         loss += tl.where(z_factor != 0.0, z_factor * lse * lse, 0.0)
-    tl.store(row_loss + row, tl.where(invalid, float("nan"), loss))
+    tl.store(row_loss + row, loss)
     if row_state is not None:
         tl.store(row_state + row, row_max)
         tl.store(row_state + rows + row, row_sum)
     if VARIANT.stats:
-        store_row_stats(row, rows, row_stats, cross_entropy, x_y >= row_max, counted, invalid)
-
-
-@triton.jit
-def store_row_stats(row, rows, row_stats, cross_entropy, reaches_max, counted, invalid):
-    nll = tl.where(invalid, float("nan"), cross_entropy)
-    tl.store(row_stats + row, tl.where(counted, nll, 0.0))
-    tl.store(row_stats + rows + row, tl.where(counted & reaches_max, 1.0, 0.0))
+        tl.store(row_stats + row, cross_entropy)
+        tl.store(row_stats + rows + row, tl.where(x_y >= row_max, 1.0, 0.0))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -187,6 +184,7 @@ def loss_rows_kernel(
             stride_column,
             logit_scale,
             softcap,
+            VARIANT.smoothing or gradient is not None,
             VARIANT,
         )
         smoothing = tl.full((), 0.0, tl.float32)
@@ -199,7 +197,7 @@ def loss_rows_kernel(
                     stride_column, gradient_stride_column, logit_scale, softcap, VARIANT,
                 )  # fmt: skip
         store_row_results(
-            row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y, counted, invalid,
+            row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
             target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT,
         )  # fmt: skip
     else:
@@ -247,7 +245,7 @@ def slice_rows_kernel(
         begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
         row_max, row_sum = row_max_and_sum(
             logits + offset, interior, head, columns, begin, end, V, slice_index, stride_column, logit_scale,
-            softcap, VARIANT,
+            softcap, False, VARIANT,
         )  # fmt: skip
         position = row.to(tl.int64) * slices + slice_index
         tl.store(slice_state + position, row_max)
@@ -282,7 +280,7 @@ def merge_rows_kernel(
         offset = row_offset(row, rows_inner, stride_outer, stride_row)
         x_y = tl.load(logits + offset + y.to(tl.int64) * stride_column).to(tl.float32)
         store_row_results(
-            row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y, counted, invalid,
+            row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
             target_factor, smoothing_factor, z_factor, 0.0, logit_scale, softcap, VARIANT,
         )  # fmt: skip
     else:

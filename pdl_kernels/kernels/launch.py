@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdl_kernels.kernels import cross_entropy as kernels
-from pdl_kernels.options import LossInputs, LossOptions, LossOutputs
+from pdl_kernels.options import LossInputs, LossOptions, LossOutputs, RowOutputs
 
 VECTOR_BYTES = 16  # one load or store instruction of a thread
 MAX_SLICES = 64
@@ -63,6 +63,7 @@ def plan_rows(
     two_passes: bool,
     smoothing: bool = False,
     unit_stride: bool = True,
+    vectors: bool = True,
     warp_size: int = 32,
 ) -> RowLaunch:
     """Choose the shape of a row kernel's launch from sizes alone.
@@ -72,6 +73,7 @@ def plan_rows(
         smoothing: the kernel also streams the weights. Its loss needs the whole row's sum before the second walk, so
             one program takes the row.
         unit_stride: the columns of a row are neighbours in memory.
+        vectors: and they are read and written 16 bytes at a time.
     """
     vector = VECTOR_BYTES // itemsize
     # 64 bytes in flight per thread; 128 spill at 1024 threads, and so does anything but one vector with 64-bit offsets.
@@ -83,8 +85,8 @@ def plan_rows(
     max_warps = 8
     if two_passes:
         max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
-    # Streaming the weights too, or 64-bit offsets, take twice the registers, hence at most half the threads.
-    heavy = smoothing or not unit_stride
+    # Streaming the weights too, or a load per column, take twice the registers, hence at most half the threads.
+    heavy = smoothing or not unit_stride or not vectors
     max_warps = min(max_warps, (512 if heavy else 1024) // warp_size)
     warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
 
@@ -97,28 +99,30 @@ def plan_rows(
     return RowLaunch(warps * warp_size, unroll, warps, registers, -(-tiles // slice_tiles), slice_tiles)
 
 
-class _Device(NamedTuple):
+class Device(NamedTuple):
+    """What the choices need to know of a device. benchmarks.roofline describes devices that are not there."""
+
     multiprocessors: int
     warp_size: int
     limits_registers: bool
 
 
 @functools.cache
-def _device(device: torch.device) -> _Device:
+def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
-        return _Device(INTERPRETER_MULTIPROCESSORS, 32, False)
+        return Device(INTERPRETER_MULTIPROCESSORS, 32, False)
     properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), torch.version.hip is None)
+    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), torch.version.hip is None)
 
 
 @contextmanager
 def _on_device(tensor: Tensor) -> Iterator[None]:
     """Triton launches on the current device, whatever the tensors' device is."""
-    if tensor.device.type == "cpu":
-        yield
-    else:
+    if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
             yield
+    else:
+        yield
 
 
 def row_alignment(tensor: Tensor) -> tuple[bool, bool]:
@@ -137,15 +141,26 @@ def has_unit_stride(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
 
 
-def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, launch: RowLaunch) -> Variant:
-    """What to compile for (rows_outer, rows_inner, V) logits, a gradient of the same shape, and these options."""
+def layouts(logits: Tensor, gradient: Tensor | None) -> tuple[str, str]:
+    """Variant.layout and Variant.gradient_layout."""
     based, aligned = row_alignment(logits)
     layout = "aligned" if aligned else "head" if based else "any"
-    gradient_layout = "any"
     if gradient is not None and layout != "any":
         gradient_based, gradient_aligned = row_alignment(gradient)
         if (aligned and gradient_aligned) or (gradient_based and row_strides(gradient) == row_strides(logits)):
-            gradient_layout = layout
+            return layout, layout
+    return layout, "any"
+
+
+def uses_vectors(logits: Tensor, gradient: Tensor | None) -> bool:
+    """Whether the logits, and the gradient where there is one, are accessed 16 bytes at a time."""
+    layout, gradient_layout = layouts(logits, gradient)
+    return layout != "any" and (gradient is None or gradient_layout != "any")
+
+
+def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, launch: RowLaunch) -> Variant:
+    """What to compile for (rows_outer, rows_inner, V) logits, a gradient of the same shape, and these options."""
+    layout, gradient_layout = layouts(logits, gradient)
     vector = VECTOR_BYTES // logits.element_size()
     return Variant(
         normalized=options.reduction in ("mean", "token_mean"),
@@ -178,7 +193,7 @@ class _RowCall:
     """One call's row kernels: their plan, their variant and the arguments that they share."""
 
     def __init__(self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None, *, two_passes: bool) -> None:
-        device = _device(inputs.logits.device)
+        device = device_of(inputs.logits.device)
         self.inputs = inputs
         self.gradient = gradient
         self.plan = plan_rows(
@@ -189,6 +204,7 @@ class _RowCall:
             two_passes=two_passes,
             smoothing=options.label_smoothing > 0,
             unit_stride=has_unit_stride(inputs.logits),
+            vectors=uses_vectors(inputs.logits, gradient),
             warp_size=device.warp_size,
         )
         self.variant = make_variant(inputs.logits, options, gradient, self.plan)
@@ -237,37 +253,61 @@ class _RowCall:
 
 def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
     """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
-    rows, device = inputs.rows, inputs.logits.device
-    per_row = options.reduction == "none"
-    row_loss = torch.empty(rows, dtype=torch.float32, device=device)
-    row_state = torch.empty(2, rows, dtype=torch.float32, device=device)
-    row_stats = torch.empty(2, rows, dtype=torch.float32, device=device) if options.return_stats else None
-    needs_scalars = options.reduction in ("mean", "token_mean") or options.label_smoothing > 0 or options.return_stats
-    make = torch.empty if needs_scalars else torch.zeros
-    scalars = make(6, dtype=torch.float32, device=device)
-    token_count = make((), dtype=torch.int64, device=device)
-    loss = row_loss if per_row else torch.empty((), dtype=torch.float32, device=device)
-    two_passes = gradient is not None or options.label_smoothing > 0
+    scalars, token_count = denominators(inputs, options)
+    rows = loss_rows(inputs, options, scalars, gradient)
+    loss = reduce_rows(rows, options, scalars, token_count)
+    return LossOutputs(loss, rows.state, scalars, token_count)
 
-    with _on_device(inputs.logits):
-        if needs_scalars:
+
+def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
+    needed = options.reduction in ("mean", "token_mean") or options.label_smoothing > 0 or options.return_stats
+    make = torch.empty if needed else torch.zeros
+    scalars = make(6, dtype=torch.float32, device=inputs.targets.device)
+    token_count = make((), dtype=torch.int64, device=inputs.targets.device)
+    if needed:
+        with _on_device(inputs.targets):
             kernels.denominators_kernel[(1,)](
                 inputs.targets, inputs.weights, inputs.token_weights, inputs.normalizer, scalars, token_count,
-                rows, inputs.vocab_size, options.ignore_index,
+                inputs.rows, inputs.vocab_size, options.ignore_index,
                 options.reduction, isinstance(inputs.normalizer, float),
                 options.label_smoothing > 0 and inputs.weights is not None, REDUCE_BLOCK,
                 **REDUCE_OPTIONS,
             )  # fmt: skip
-        if rows > 0:
+    return scalars, token_count
+
+
+def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
+    """Each row's loss, and the gradient for an upstream gradient of 1 written to `gradient` where one is given.
+
+    `gradient` may be the logits themselves.
+    """
+    rows = inputs.rows
+    outputs = RowOutputs(
+        torch.empty(rows, dtype=torch.float32, device=scalars.device),
+        torch.empty(2, rows, dtype=torch.float32, device=scalars.device),
+        torch.empty(2, rows, dtype=torch.float32, device=scalars.device) if options.return_stats else None,
+    )
+    if rows > 0:
+        two_passes = gradient is not None or options.label_smoothing > 0
+        with _on_device(inputs.logits):
             call = _RowCall(inputs, options, gradient, two_passes=two_passes)
             run = call.sliced_loss_rows if call.plan.slices > 1 else call.loss_rows
-            run(scalars, row_loss, row_state, row_stats)
-        if not per_row or options.return_stats:
+            run(scalars, *outputs)
+    return outputs
+
+
+def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_count: Tensor) -> Tensor:
+    """The loss, (N,) for "none" and 0-d otherwise; the statistics go to `scalars`."""
+    per_row = options.reduction == "none"
+    loss = rows.loss if per_row else torch.empty((), dtype=torch.float32, device=scalars.device)
+    if not per_row or options.return_stats:
+        with _on_device(scalars):
             kernels.reduce_rows_kernel[(1,)](
-                row_loss, row_stats, scalars, token_count, None if per_row else loss, rows,
+                rows.loss, rows.stats, scalars, token_count, None if per_row else loss, rows.loss.numel(),
                 options.return_stats, REDUCE_BLOCK, **REDUCE_OPTIONS,
             )  # fmt: skip
-    return LossOutputs(loss, row_state, scalars, token_count)
+    return loss
 
 
 def backward(
@@ -297,10 +337,10 @@ def adjust(
     rows = rows_outer * rows_inner
     if rows == 0:
         return
-    device = _device(gradient.device)
+    device = device_of(gradient.device)
     plan = plan_rows(
         rows, V, gradient.element_size(), device.multiprocessors, two_passes=False,
-        unit_stride=has_unit_stride(gradient), warp_size=device.warp_size,
+        unit_stride=has_unit_stride(gradient), vectors=uses_vectors(gradient, None), warp_size=device.warp_size,
     )  # fmt: skip
     variant = make_variant(gradient, LossOptions(), None, plan)
     with _on_device(gradient):

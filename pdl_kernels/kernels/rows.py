@@ -1,13 +1,16 @@
-"""The mathematics of one row, as device functions that every kernel shares.
-
-A row's columns are an *interior*, which starts on 16 bytes and whose length is a multiple of `VARIANT.vector` columns,
-and up to 2 * (vector - 1) *edge* columns around it. The interior is walked in tiles of `unroll` blocks of shape
-(lanes, vector): one 16-byte vector per thread and block, so that sums over the last axis and over blocks stay inside a
-thread. All blocks have one shape and hence one layout: a column always belongs to the same thread.
-"""
+"""The mathematics of one row, as device functions that every kernel shares. Tiles and blocks: see tiles.py."""
 
 import triton
 import triton.language as tl
+
+from pdl_kernels.kernels.tiles import (
+    as_float32,
+    block_columns,
+    column_offsets,
+    column_pointers,
+    edge_columns,
+    load_blocks,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -78,133 +81,60 @@ def exp_terms(m):
 
 
 @triton.jit
-def slice_bounds(slice_index, slice_tiles, columns, VARIANT: tl.constexpr):
-    """The interior columns [begin, end) of one slice of a row; `begin` is visibly a multiple of a vector."""
-    TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
-    begin = slice_index * slice_tiles * TILE
-    end = tl.maximum(begin, tl.minimum(begin + slice_tiles * TILE, columns))
-    return begin, end
-
-
-@triton.jit
-def row_offset(row, rows_inner, stride_outer, stride_row):
-    """Elements from the tensor's start to row `row` of (rows_outer, rows_inner, V), in 64 bits."""
-    outer = (row // rows_inner).to(tl.int64)
-    inner = (row % rows_inner).to(tl.int64)
-    return outer * stride_outer + inner * stride_row
-
-
-@triton.jit
-def interior_bounds(offset, V, VARIANT: tl.constexpr):
-    """(head, columns): how many edge columns precede the interior, and how many columns the interior has."""
-    head = 0
-    if VARIANT.layout == "head":
-        head = ((VARIANT.vector - offset % VARIANT.vector) % VARIANT.vector).to(tl.int32)
-        head = tl.minimum(head, V)
-    columns = (V - head) // VARIANT.vector * VARIANT.vector
-    return head, columns
-
-
-@triton.jit
-def interior_pointer(base, offset, head, ALIGNED: tl.constexpr, VARIANT: tl.constexpr):
-    """The address of the interior's first column, which the compiler is told starts on 16 bytes if ALIGNED."""
-    start = offset + head  # only unit column strides have a head
-    if ALIGNED:
-        # Says "a multiple of vector" in arithmetic: tl.multiple_of would be lost where the addition folds away.
-        start = start // VARIANT.vector * VARIANT.vector
-    return base + start
-
-
-@triton.jit
-def block_columns(start, VARIANT: tl.constexpr):
-    """(lanes, 1) the first column of each vector, (lanes, vector) all columns, of the block that begins at `start`."""
-    first = start + tl.arange(0, VARIANT.lanes)[:, None] * VARIANT.vector
-    return first, first + tl.arange(0, VARIANT.vector)[None, :]
-
-
-@triton.jit
-def load_blocks(interior, start, end, stride_column, POLICY: tl.constexpr, MASKED: tl.constexpr, VARIANT: tl.constexpr):
-    """A tile's blocks, as stored. All loads come before any use or store, so that they are in flight together."""
-    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
-    UNROLL: tl.constexpr = VARIANT.unroll
-    blocks = ()
-    for step in tl.static_range(UNROLL):
-        first, columns = block_columns(start + step * BLOCK, VARIANT)
-        pointers = interior + column_offsets(columns, stride_column, VARIANT)
-        if MASKED:
-            # Constant over each vector, because `end` is a multiple of its length: the load stays 16 bytes wide.
-            block = tl.load(pointers, mask=first < end, other=float("-inf"), eviction_policy=POLICY)
-        else:
-            block = tl.load(pointers, eviction_policy=POLICY)
-        blocks = blocks + (block,)
-    return blocks
-
-
-@triton.jit
-def column_offsets(columns, stride_column, VARIANT: tl.constexpr):
-    if VARIANT.unit_stride:
-        offsets = columns
-    else:
-        offsets = columns.to(tl.int64) * stride_column
-    return offsets
-
-
-@triton.jit
-def edge_columns(head, columns, V, slice_index, VARIANT: tl.constexpr):
-    """(2 * vector,) the columns outside the interior, and which of them exist; they belong to a row's first slice."""
-    index = tl.arange(0, 2 * VARIANT.vector)
-    before = index < VARIANT.vector
-    column = tl.where(before, index, index - VARIANT.vector + head + columns)
-    end = tl.where(slice_index == 0, tl.where(before, head, V), 0)
-    return column, column < end
-
-
-@triton.jit
 def fold_tile(
-    interior, start, end, lane_max, lane_sum, stride_column, logit_scale, softcap, MASKED: tl.constexpr,
-    VARIANT: tl.constexpr,
+    interior, start, end, lane_max, lane_sum, stride_column, logit_scale, softcap, POLICY: tl.constexpr,
+    MASKED: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Merge one tile into each lane's running (max of x, sum of exp(z - z of that max)), z = transformed(x)."""
     BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
     UNROLL: tl.constexpr = VARIANT.unroll
-    blocks = load_blocks(interior, start, end, stride_column, "evict_last", MASKED, VARIANT)
-    tile_max = blocks[0].to(tl.float32)
+    blocks = load_blocks(interior, start, end, stride_column, POLICY, MASKED, VARIANT)
+    tile_max = as_float32(blocks[0], VARIANT)
     for step in tl.static_range(1, UNROLL):
-        tile_max = tl.maximum(tile_max, blocks[step].to(tl.float32))
+        tile_max = tl.maximum(tile_max, as_float32(blocks[step], VARIANT))
     new_max = tl.maximum(lane_max, tl.max(tile_max, 1, keep_dims=True))  # (lanes, 1)
     reference = transformed(new_max, logit_scale, softcap, VARIANT)
     rate, shift, correction = exp_terms(reference)
-    exps = tl.full((VARIANT.lanes, VARIANT.vector), 0.0, tl.float32)
     for step in tl.static_range(UNROLL):
-        z = transformed(blocks[step].to(tl.float32), logit_scale, softcap, VARIANT)
+        z = transformed(as_float32(blocks[step], VARIANT), logit_scale, softcap, VARIANT)
         if MASKED and VARIANT.softcap:
             first, _ = block_columns(start + step * BLOCK, VARIANT)
             z = tl.where(first < end, z, float("-inf"))  # a capped -inf is a real logit; a missing column is not
-        exps += tl.math.exp2(tl.fma(z, rate, -shift))
+        terms = tl.math.exp2(tl.fma(z, rate, -shift))
+        # Not from a sum of 0: x + 0 is an instruction, because it is not x where x is -0.
+        if step == 0:
+            exps = terms
+        else:
+            exps += terms
     rescale = exp_difference(transformed(lane_max, logit_scale, softcap, VARIANT), reference)
     return new_max, lane_sum * rescale + tl.sum(exps, 1, keep_dims=True) * correction
 
 
 @triton.jit
 def row_max_and_sum(
-    row, interior, head, columns, begin, end, V, slice_index, stride_column, logit_scale, softcap, VARIANT: tl.constexpr
-):
+    row, interior, head, columns, begin, end, V, slice_index, stride_column, logit_scale, softcap, AGAIN: tl.constexpr,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
     """(max of x, sum of exp(z - z of that max)) over interior columns [begin, end) and, if asked, the edges.
+
+    AGAIN: this program reads the row a second time, for which the second-level cache is asked to keep it. Asking costs
+    a handful of instructions a tile, to build the policy.
 
     The maximum starts at the lowest finite value and not at -inf: a leading block of -inf is harmless, a row full of
     the lowest value gives V, and a row wholly -inf gives a sum of 0, hence a loss of nan as in torch.
     """
     TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
+    POLICY: tl.constexpr = "evict_last" if AGAIN else ""
     lane_max = tl.full((VARIANT.lanes, 1), -LARGEST, tl.float32)
     lane_sum = tl.full((VARIANT.lanes, 1), 0.0, tl.float32)
     full_end = begin + (end - begin) // TILE * TILE
     for start in range(begin, full_end, TILE):
         lane_max, lane_sum = fold_tile(
-            interior, start, end, lane_max, lane_sum, stride_column, logit_scale, softcap, False, VARIANT
+            interior, start, end, lane_max, lane_sum, stride_column, logit_scale, softcap, POLICY, False, VARIANT
         )
     if full_end < end:
         lane_max, lane_sum = fold_tile(
-            interior, full_end, end, lane_max, lane_sum, stride_column, logit_scale, softcap, True, VARIANT
+            interior, full_end, end, lane_max, lane_sum, stride_column, logit_scale, softcap, POLICY, True, VARIANT
         )
     row_max = tl.max(lane_max)
     if VARIANT.edges:
@@ -271,20 +201,6 @@ def contributes(target_factor, smoothing_factor, z_factor):
 
 
 @triton.jit
-def fill_row(row, interior, head, columns, begin, end, V, slice_index, value, stride_column, VARIANT: tl.constexpr):
-    """Write `value` to interior columns [begin, end) and, if asked, the edges."""
-    BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
-    values = tl.full((VARIANT.lanes, VARIANT.vector), value, tl.float32).to(row.dtype.element_ty)
-    for start in range(begin, end, BLOCK):
-        first, block = block_columns(start, VARIANT)
-        tl.store(interior + column_offsets(block, stride_column, VARIANT), values, mask=first < end)
-    if VARIANT.edges:
-        column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
-        edge_values = tl.full((2 * VARIANT.vector,), value, tl.float32).to(row.dtype.element_ty)
-        tl.store(row + column_offsets(column, stride_column, VARIANT), edge_values, mask=exists)
-
-
-@triton.jit
 def gradient_values(
     x, column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
     softcap, MASKED: tl.constexpr, VARIANT: tl.constexpr,
@@ -317,15 +233,16 @@ def gradient_tile(
     blocks = load_blocks(logits_interior, start, end, stride_column, "evict_first", MASKED, VARIANT)
     smoothing = tl.full((), 0.0, tl.float32)
     for step in tl.static_range(UNROLL):
-        first, columns = block_columns(start + step * BLOCK, VARIANT)
-        exists = first < end
+        first, columns = block_columns(0, VARIANT)
+        block_start = start + step * BLOCK
+        exists = block_start + first < end
         g, block_smoothing = gradient_values(
-            blocks[step].to(tl.float32), head + columns, exists, reference, rate, shift, log_sum, probability_scale,
-            smoothing_factor, weights, logit_scale, softcap, MASKED, VARIANT,
+            as_float32(blocks[step], VARIANT), head + block_start + columns, exists, reference, rate, shift, log_sum,
+            probability_scale, smoothing_factor, weights, logit_scale, softcap, MASKED, VARIANT,
         )  # fmt: skip
         smoothing += block_smoothing
         if gradient_interior is not None:
-            pointers = gradient_interior + column_offsets(columns, gradient_stride_column, VARIANT)
+            pointers = column_pointers(gradient_interior, block_start, columns, gradient_stride_column, VARIANT)
             g = g.to(gradient_interior.dtype.element_ty)
             if MASKED:
                 tl.store(pointers, g, mask=exists, eviction_policy="evict_first")

@@ -1,0 +1,127 @@
+"""How fast tokens are counted, and in how much memory.
+
+    python -m benchmarks.counting --output results/counting.json
+
+Ten million targets of a Zipf law in 20,000 sequences of different lengths, counted from a data set on disk, from numpy
+rows, from a padded tensor, and from a data set with document counts. Each way runs in fresh processes; tokens per
+second are of the counting alone, memory is the process's peak, with torch and datasets loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pdl_kernels import TokenCounts
+from pdl_kernels.files import replace_file
+
+VOCAB_SIZE = 131_072
+SEQUENCES = 20_000
+MEAN_LENGTH = 500  # tokens; lengths run from 1 to twice this
+
+
+def make_dataset(folder: str) -> None:
+    import datasets
+
+    generator = np.random.default_rng(0)
+    probability = 1 / np.arange(1, VOCAB_SIZE + 1)
+    lengths = generator.integers(1, 2 * MEAN_LENGTH, SEQUENCES)
+    ids = generator.choice(VOCAB_SIZE, lengths.sum(), p=probability / probability.sum()).astype(np.int32)
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict({"labels": rows}).save_to_disk(folder)
+
+
+def _load(folder: str):
+    import datasets
+
+    return datasets.load_from_disk(folder)
+
+
+def from_dataset(folder: str) -> Callable[[], TokenCounts]:
+    dataset = _load(folder)
+    return lambda: TokenCounts.from_dataset(dataset, VOCAB_SIZE, progress=False)
+
+
+def from_dataset_with_documents(folder: str) -> Callable[[], TokenCounts]:
+    dataset = _load(folder)
+    return lambda: TokenCounts.from_dataset(dataset, VOCAB_SIZE, documents=True, progress=False)
+
+
+def update_rows(folder: str) -> Callable[[], TokenCounts]:
+    rows = list(_load(folder).with_format("numpy")["labels"])
+    return lambda: TokenCounts(VOCAB_SIZE).update(rows, shift=True)
+
+
+def update_padded_tensor(folder: str) -> Callable[[], TokenCounts]:
+    rows = _load(folder).with_format("torch")["labels"]
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=-100)
+    return lambda: TokenCounts(VOCAB_SIZE).update(padded, shift=True)
+
+
+WAYS = (from_dataset, update_rows, update_padded_tensor, from_dataset_with_documents)
+
+
+def peak_memory() -> int:
+    """Bytes. Not getrusage: on Linux its figure includes what the parent held when it started this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def measure(way: Callable[[str], Callable[[], TokenCounts]], folder: str) -> dict[str, float]:
+    """In this process, which should be fresh."""
+    torch.set_num_threads(1)
+    count = way(folder)
+    start = time.perf_counter()
+    counts = count()
+    seconds = time.perf_counter() - start
+    return {"tokens": counts.total, "seconds": seconds, "peak_bytes": peak_memory()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("results/counting.json"))
+    parser.add_argument("--runs", type=int, default=3, help="fresh processes for each way (default %(default)s)")
+    options = parser.parse_args(arguments)
+    fresh = multiprocessing.get_context("spawn")
+    samples: dict[str, list[dict[str, float]]] = {way.__name__: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        make_dataset(folder)
+        for way in tqdm([way for _ in range(options.runs) for way in WAYS], desc="counting", unit="run"):
+            with ProcessPoolExecutor(1, mp_context=fresh) as process:
+                samples[way.__name__].append(process.submit(measure, way, folder).result())
+    print(f"{'':30}{'million tokens/s':>20}{'peak memory':>16}")
+    for name, runs in samples.items():
+        rate = statistics.median(run["tokens"] / run["seconds"] for run in runs)
+        peak = max(run["peak_bytes"] for run in runs)
+        print(f"{name:30}{rate / 1e6:>20.1f}{peak / 2**20:>12.0f} MiB")
+    environment = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    record = {"environment": environment, "vocab_size": VOCAB_SIZE, "sequences": SEQUENCES, "samples": samples}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(options.output, (json.dumps(record, indent=1) + "\n").encode())
+    print(f"written: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Peak extra memory of an operation: what it needs beyond its inputs.
+
+On a GPU the allocator knows. On a CPU a fresh process runs one contender and reads the peak of its resident set, which
+Linux can reset; elsewhere it is not measured.
+
+    python -m benchmarks.memory CONTENDER ROWS V DTYPE THREADS      what the suite starts
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.inputs import Case, make_inputs
+from benchmarks.operations import OPERATIONS, Operation, Run
+from benchmarks.peers import CONTENDERS
+
+RESIDENT_PEAK_RESET = Path("/proc/self/clear_refs")
+# Every allocation of 64 KB or more gets pages of its own and gives them back, so that a first run leaves nothing
+# behind for the measured one (glibc).
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def peak_on_gpu(run: Run, operation: Operation) -> int:
+    """Bytes. The logits are restored before the measurement, so that in place means none of its own."""
+    device = run.inputs.device
+    call = run.prepare(operation)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del result
+    return peak
+
+
+def peaks_on_cpu(contender: str, case: Case, threads: int) -> tuple[dict[str, int], str | None]:
+    """Bytes by operation, from a fresh process; and why there are none, or None."""
+    if not RESIDENT_PEAK_RESET.exists():
+        return {}, "only Linux resets the peak of the resident set"
+    command = [sys.executable, "-m", "benchmarks.memory", contender, *map(str, case), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return {}, lines[-1] if lines else f"the process ended with {done.returncode}"
+    return json.loads(done.stdout.splitlines()[-1]), None
+
+
+def _peaks_of_this_process(contender: str, case: Case) -> dict[str, int]:
+    inputs = make_inputs(case, torch.device("cpu"))
+    overwritten = CONTENDERS[contender].overwrites
+    run = Run(CONTENDERS[contender], inputs, torch.empty_like(inputs.logits) if overwritten else None)
+    peaks = {}
+    for operation in OPERATIONS.values():
+        run.prepare(operation)()  # compiles, starts threads
+        call = run.prepare(operation)
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        RESIDENT_PEAK_RESET.write_text("5")
+        result = call()
+        status = Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        peaks[operation.name] = max(peak - before, 0)
+        del result
+    return peaks
+
+
+def main() -> None:
+    contender, rows, vocab_size, dtype, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(_peaks_of_this_process(contender, Case(int(rows), int(vocab_size), dtype))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What an adapter of a peer provides, and what adapters share."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.inputs import IGNORE_INDEX, Inputs
+
+Loss = Callable[[Tensor], Tensor]  # (rows, V) logits -> the mean loss, ()
+
+
+def runs_anywhere(device: torch.device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of computing the loss, as the suite times it.
+
+    Attributes:
+        name: in the table and in recorded results.
+        peer: what `--peers` calls it; several contenders may share one.
+        build: binds targets and weights, whose preparation is not timed.
+        weighted: False where the implementation takes no class weights; it computes the plain mean then.
+        overwrites: what the logits held is gone afterwards; they are restored before every run, untimed.
+        problem: why it cannot run on a device, or None. It may import the peer.
+        packages: distributions whose versions are recorded.
+        compiles_per_shape: seconds of compilation for each shape, so that --quick leaves it out.
+    """
+
+    name: str
+    peer: str
+    build: Callable[[Inputs], Loss]
+    weighted: bool = True
+    overwrites: bool = False
+    problem: Callable[[torch.device], str | None] = field(default=runs_anywhere)
+    packages: tuple[str, ...] = ()
+    compiles_per_shape: bool = False
+
+
+def gpu_only(module: str) -> Callable[[torch.device], str | None]:
+    """A `problem` for packages whose kernels run on GPUs and whose import may be slow or fail."""
+
+    def problem(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "its kernels run on a GPU (Triton's interpreter runs them too, but its time means nothing)"
+        if importlib.util.find_spec(module.split(".")[0]) is None:
+            return "not installed"
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a package does on import is a reason to leave it out
+            return f"{module} cannot be imported: {first_line(error)}"
+        return None
+
+    return problem
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+
+
+def mean_over_counted(row_losses: Tensor, targets: Tensor) -> Tensor:
+    """The plain mean of (rows,) losses that are 0 where ignored, as unweighted peers leave it to the caller."""
+    return row_losses.sum() / (targets != IGNORE_INDEX).sum()

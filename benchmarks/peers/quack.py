@@ -1,0 +1,40 @@
+"""QuACK: CuTe kernels with class weights; its public loss forms the gradient in backward, from a second read."""
+
+import torch
+
+from benchmarks.inputs import IGNORE_INDEX, Inputs
+from benchmarks.peers.contender import Contender, Loss, gpu_only
+
+_importable = gpu_only("quack.cross_entropy")
+
+
+def problem(device: torch.device) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
+        return "its kernels need sm_90 or later"
+    return _importable(device)
+
+
+def build(inputs: Inputs, inplace: bool = False) -> Loss:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda logits: cross_entropy(
+        logits,
+        inputs.targets,
+        weight=inputs.weights,
+        ignore_index=IGNORE_INDEX,
+        reduction="mean",
+        inplace_backward=inplace,
+    )
+
+
+CONTENDERS = (
+    Contender("quack", "quack", build, problem=problem, packages=("quack-kernels",)),
+    Contender(
+        "quack in place",
+        "quack",
+        lambda inputs: build(inputs, inplace=True),
+        overwrites=True,
+        problem=problem,
+        packages=("quack-kernels",),
+    ),
+)

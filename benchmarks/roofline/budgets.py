@@ -1,0 +1,48 @@
+"""What fails a run: spills, narrow accesses of aligned rows, and walks that cost more than their budget.
+
+To raise a budget, change the number and say in `reason` what it buys and how that was seen. "It grew" is no reason.
+"""
+
+from typing import NamedTuple
+
+TOLERANCE = 0.10
+BUDGET_TARGET, BUDGET_DTYPE = "sm_90", "bfloat16"
+
+
+class Budget(NamedTuple):
+    instructions: float  # per element, in the walk's loop, with every option off
+    reason: str
+
+
+BUDGETS = {
+    "forward only": Budget(
+        5.7, "unpacking, maximum, multiply-add, exponential and sum are 5; the rest is a tile's loop and rescaling"
+    ),
+    "first of two": Budget(5.7, "as forward only"),
+    "gradient": Budget(5.5, "unpacking, multiply-add, exponential, scale and half a packing are 4.5; then the loop"),
+    "single pass": Budget(14.0, "the first prototype's 13 to 13.6, until better is found"),
+}
+
+
+def limit(role: str) -> float | None:
+    return BUDGETS[role].instructions * (1 + TOLERANCE) if role in BUDGETS else None
+
+
+def problems(variant: dict) -> list[str]:
+    """What is wrong with a variant, as measure.measured returns it."""
+    found = []
+    if variant["spills"]:
+        found.append(f"spills: {variant['spills']}")
+    for walk in variant["walks"]:
+        if variant["aligned"] and walk["narrow"]:
+            written = "" if walk["store_bytes"] is None else f" and written {walk['store_bytes']}"
+            found.append(
+                f"walk {walk['role']!r}: aligned rows are read {walk['load_bytes']}{written} bytes at a time, not 16"
+            )
+        most = limit(walk["role"]) if variant["budgeted"] else None
+        if most is not None and walk["instructions_per_element"] > most:
+            found.append(
+                f"walk {walk['role']!r}: {walk['instructions_per_element']:.2f} instructions per element, "
+                f"{most:.2f} allowed (budget {BUDGETS[walk['role']].instructions} + {TOLERANCE:.0%})"
+            )
+    return found

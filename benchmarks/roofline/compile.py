@@ -1,0 +1,74 @@
+"""The package's own launcher, run without a GPU: whatever it would launch is compiled, and nothing is launched.
+
+So no list of variants, arguments or compile options exists here that could drift from the launcher's.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.roofline.hardware import HARDWARE
+from pdl_kernels.kernels import launch
+
+
+class CompilingDriver:
+    """Stands for a device of `target`: enough of one for Triton to compile for it."""
+
+    def __init__(self, target: GPUTarget, device: int = 0) -> None:
+        self.target = target
+        self.device = device  # Triton keeps what it compiled per device, so that every target needs its own
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Launch(NamedTuple):
+    """One launch that did not happen."""
+
+    kernel: str
+    programs: int
+    arguments: dict[str, Any]  # by name, compile-time constants included
+    compiled: Any
+
+    @property
+    def warps(self) -> int:
+        return self.compiled.metadata.num_warps
+
+
+@contextmanager
+def compiled_launches(target: str, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[list[Launch]]:
+    """Within, the launcher sees a device of `target`; the launches of `wanted` kernels are compiled and collected."""
+    launches: list[Launch] = []
+    hardware = HARDWARE[target]
+    run = JITFunction.run
+
+    def compile_alone(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
+        name = kernel.fn.__name__
+        if not wanted(name):
+            return
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        named.update((key, value) for key, value in keywords.items() if key in kernel.arg_names)
+        launches.append(Launch(name, math.prod(grid), named, compiled))
+
+    device = launch.Device(
+        hardware.multiprocessors, hardware.target.warp_size, limits_registers=hardware.target.backend == "cuda"
+    )
+    driver.set_active(CompilingDriver(hardware.target, list(HARDWARE).index(target)))
+    with (
+        mock.patch.object(JITFunction, "run", compile_alone),
+        mock.patch.object(launch, "device_of", return_value=device),
+    ):
+        yield launches

@@ -1,0 +1,77 @@
+"""Which shapes are measured where, and whether they fit."""
+
+import psutil
+import torch
+
+from benchmarks.inputs import DTYPES, Case
+
+# Vocabularies of Llama-2, GPT-2, Llama-3, Qwen-2.5 and Gemma.
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+# Copies of the logits that a case may need at once: the logits, what in-place contenders overwrite, two gradients
+# under check, and torch's log-probabilities, their gradient and the logits' gradient.
+COPIES = 7
+
+
+def default_cases(device: torch.device, dtypes: list[str], *, quick: bool) -> list[Case]:
+    """What matters most comes first, so that an interrupted run has measured it."""
+    if device.type == "cuda":
+        shapes = {dtype: _gpu_shapes(dtype, quick) for dtype in dtypes}
+    else:
+        shapes = {dtype: _cpu_shapes(dtype, quick) for dtype in dtypes}
+    return [Case(rows, vocab_size, dtype) for dtype in dtypes for rows, vocab_size in shapes[dtype]]
+
+
+def default_dtypes(device: torch.device, *, quick: bool) -> list[str]:
+    if device.type == "cuda":
+        return ["bfloat16"] if quick else list(DTYPES)
+    return ["float32", "bfloat16"] if quick else ["float32", "bfloat16", "float16"]
+
+
+def _gpu_shapes(dtype: str, quick: bool) -> list[tuple[int, int]]:
+    if quick:
+        return [(4096, 32000), (4096, 128256), (64, 128256)]
+    shapes = [(8192, vocab_size) for vocab_size in VOCABULARIES]
+    if dtype == "bfloat16":
+        shapes += [(rows, vocab_size) for vocab_size in (128256, 32000) for rows in (1, 16, 256, 2048, 16384)]
+        shapes += [(16384, 262144)]
+    return shapes
+
+
+# More than 32 MB even in 16 bits, where malloc's own caching ends: below, torch's buffers cost it no fresh pages.
+def _cpu_shapes(dtype: str, quick: bool) -> list[tuple[int, int]]:
+    if quick:
+        return [(768, 32000), (192, 128256)]
+    if dtype == "float16":
+        return [(1024, 32000), (512, 128256)]
+    shapes = [(1024, 32000), (512, 128256), (512, 50257), (256, 151936), (128, 262144)]
+    return shapes + [(rows, 32000) for rows in (1, 16, 256)]
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """ "1024x32000,512x128256" as [(1024, 32000), (512, 128256)]; ValueError otherwise."""
+    shapes = []
+    for part in text.split(","):
+        numbers = part.strip().lower().split("x")
+        if len(numbers) != 2 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
+            raise ValueError(f"shape {part.strip()!r}: accepted are ROWSxVOCABULARY, such as 1024x32000")
+        rows, vocab_size = map(int, numbers)
+        if vocab_size < 2:
+            raise ValueError(f"shape {part.strip()!r}: a vocabulary has at least 2 entries")
+        shapes.append((rows, vocab_size))
+    return shapes
+
+
+def misfit(case: Case, device: torch.device) -> str | None:
+    """Why the case cannot be measured on this machine, or None."""
+    needed = COPIES * case.logits_bytes
+    free = free_memory(device)
+    if needed <= free:
+        return None
+    return f"it needs about {needed / 1e9:.1f} GB ({COPIES} copies of the logits) and {free / 1e9:.1f} GB are free"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

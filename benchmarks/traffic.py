@@ -1,0 +1,78 @@
+"""Bytes: what each operation has to move, and what this package's plan moves and keeps.
+
+N rows of V columns of b bytes, C of the rows counted. Ignored rows are not read, but their gradients are written. The
+second read of a row in forward is meant to hit the second-level cache (GPU) or the nearer ones (CPU), so that it costs
+no memory traffic; it is counted apart. Per-row numbers (targets, losses, row state) are left out of the floor.
+"""
+
+from typing import NamedTuple
+
+from benchmarks.inputs import Case
+from benchmarks.operations import Operation
+
+# What a row costs besides its logits: its target (8) and weight (4), read for the denominators and again by the row
+# kernel; its loss (4) and row state (8) written; its loss read to be summed.
+ROW_BYTES_READ = 2 * (8 + 4) + 4
+ROW_BYTES_WRITTEN = 4 + 8
+ROW_BYTES_READ_BACKWARD = 8 + 4 + 8  # target, weight, row state
+ROW_STATE_BYTES = 8
+
+
+class Traffic(NamedTuple):
+    """Of one operation of this package.
+
+    Attributes:
+        read: bytes read from memory.
+        reread: bytes read a second time, meant to come from a cache.
+        written: bytes written.
+        kept: bytes alive from forward to backward besides the logits.
+        buffers: allocations as large as the logits.
+        logit_reads: how often each counted logit is loaded, from wherever.
+        gradient_writes: how often each element of the gradient is stored.
+    """
+
+    read: int
+    reread: int
+    written: int
+    kept: int
+    buffers: int
+    logit_reads: int
+    gradient_writes: int
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
+def floor_bytes(case: Case, counted: int, operation: Operation) -> int:
+    """What no version avoids: every counted logit read once, every gradient written once."""
+    read = counted * case.vocab_size * case.itemsize
+    return read + case.logits_bytes if operation.has_backward else read
+
+
+def planned_traffic(case: Case, counted: int, operation: Operation, *, backend: str, inplace: bool) -> Traffic:
+    """The plan of `pdl_kernels.ops.cross_entropy`: the gradient is formed in forward, for an upstream gradient of 1.
+
+    Another upstream gradient forms it again, from the logits; or, in place, where the logits are gone, multiplies it.
+    """
+    counted_bytes = counted * case.vocab_size * case.itemsize
+    read = counted_bytes + case.rows * ROW_BYTES_READ
+    written = case.rows * ROW_BYTES_WRITTEN
+    # The kernels walk a row once for its sum and once for its gradient. The eager backend keeps a piece's softmax
+    # instead; of float32 logits it reads the piece again for the maximum, of others it takes that from its copy.
+    walks = 2 if backend == "triton" or case.dtype == "float32" else 1
+    if operation.upstream is None:
+        walks = 1 if backend == "triton" else walks
+        return Traffic(read, (walks - 1) * counted_bytes, written, 0, 0, logit_reads=walks, gradient_writes=0)
+    reread = (walks - 1) * counted_bytes
+    written += case.logits_bytes
+    kept = 0 if inplace else case.logits_bytes + case.rows * ROW_STATE_BYTES
+    buffers = 0 if inplace else 1
+    if operation.upstream == 1:
+        return Traffic(read, reread, written, kept, buffers, logit_reads=walks, gradient_writes=1)
+    written += case.logits_bytes
+    if inplace:
+        read += case.logits_bytes  # the finished gradient, which lies where the logits were
+        return Traffic(read, reread, written, kept, buffers, logit_reads=walks + 1, gradient_writes=2)
+    read += counted_bytes + case.rows * ROW_BYTES_READ_BACKWARD
+    return Traffic(read, reread, written, kept, buffers, logit_reads=walks + 1, gradient_writes=2)

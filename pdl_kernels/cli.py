@@ -1,0 +1,19 @@
+"""The command `pdl-kernels`; `pdl_kernels.commands` holds what it does."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; without the packages it needs, say which."""
+    try:
+        from pdl_kernels.commands import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"error: {error.name} is not installed: pip install 'pdl-kernels[cli]'", file=sys.stderr)
+        raise SystemExit(2) from None
+    app(prog_name="pdl-kernels")
+
+
+if __name__ == "__main__":
+    main()

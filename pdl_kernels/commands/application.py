@@ -1,0 +1,89 @@
+"""The application: its help, its exit codes, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import pdl_kernels
+
+FAILED = 1
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Errors of the package and of this command line about what the user gave; the message says all there is to say.
+USER_ERRORS = (ValueError, TypeError, IndexError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the work could not be finished, such as a full disk; 2 an option or a file is not as it has "
+    "to be; 130 interrupted."
+)
+
+
+class Commands(TyperGroup):
+    """Turns exceptions into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `| head`: typer ends quietly
+            raise
+        except (*USER_ERRORS, OSError, MemoryError, ModuleNotFoundError, KeyboardInterrupt) as error:
+            if ctx.params.get("traceback"):
+                raise
+            message, code = report(error)
+            print(message, file=sys.stderr)
+            raise typer.Exit(code) from None
+
+
+def report(error: BaseException) -> tuple[str, int]:
+    """What to print for an exception, and the exit code."""
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{notes}", INTERRUPTED
+    if isinstance(error, ModuleNotFoundError):
+        return f"error: {error.name} is not installed: pip install 'pdl-kernels[cli]'{notes}", USER_ERROR
+    if isinstance(error, MemoryError):
+        return f"error: out of memory{notes}", FAILED
+    return f"error: {error}{notes}", USER_ERROR if isinstance(error, USER_ERRORS) else FAILED
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pdl-kernels {pdl_kernels.__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    epilog=EXIT_CODES,
+)
+
+
+@app.callback()
+def describe_application(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose, to report a bug.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """From a corpus to the weights of Power-Law Decay Loss, a cross entropy that counts rare tokens more.
+
+    Three steps: **count** how often each token is a training target, make **weights** from the
+    counts, and **inspect** or **plot** what they do to the corpus before training with them:
+
+        pdl-kernels count corpus.jsonl --tokenizer ./tokenizer --output counts.safetensors
+
+        pdl-kernels weights counts.safetensors --output weights.safetensors
+
+        pdl-kernels inspect weights.safetensors counts.safetensors --tokenizer ./tokenizer
+
+    In training, `pdl_kernels.load_weights("weights.safetensors").table` is what PDLCrossEntropyLoss takes.
+    """

@@ -1,0 +1,113 @@
+"""What several commands take: output files and tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+TOKENIZER_HELP = (
+    "A tokenizer.json, a folder with a transformers tokenizer, a .gguf model file, or a name on the Hugging Face hub "
+    "(needs the network the first time)."
+)
+Tokenizer = Annotated[str | None, typer.Option(help=f"To show tokens as text. {TOKENIZER_HELP}", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+def check_output(output: Path, overwrite: bool, suffix: str) -> None:
+    """Before any work: whether `output` can be written."""
+    if output.suffix.lower() != suffix:
+        raise ValueError(f"--output is {output}; accepted are names that end in {suffix}")
+    if output.is_dir():
+        raise ValueError(f"--output is {output}, a folder; accepted is a file")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {output}, and there is no folder {output.parent}; make it first")
+    if output.exists() and not overwrite:
+        raise ValueError(f"--output is {output}, which exists; --overwrite replaces it")
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """A `transformers` tokenizer, or a `tokenizers.Tokenizer` from a tokenizer.json; None for None."""
+    if name is None:
+        return None
+    path = Path(name)
+    if path.is_file():
+        if path.suffix == ".json":
+            return _tokenizer_from_json(path)
+        if path.suffix == ".gguf":
+            return _pretrained(name, str(path.parent), gguf_file=path.name)
+        raise ValueError(f"--tokenizer is {name}; accepted are a folder, a hub name, and files .json and .gguf")
+    if path.is_dir():
+        return _pretrained(name, name)
+    if path.suffix in (".json", ".gguf") or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"--tokenizer is {name}, and there is no such file or folder")
+    return _from_hub(name)
+
+
+def _tokenizer_from_json(path: Path) -> Any:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"--tokenizer is {path}, which is no tokenizer.json ({_first_line(error)})") from None
+    # The file may cut and pad, for the model it was saved with; a count is of whole texts and of no padding.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _pretrained(name: str, folder: str, **options: Any) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise ValueError(f"--tokenizer is {name}, which cannot be read ({_first_line(error)})") from None
+
+
+def _from_hub(name: str) -> Any:
+    import huggingface_hub
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # ty: it reports each attempt to connect
+    try:
+        # What is there already first: without a network the hub's retries take most of a minute.
+        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:
+        print(f"asking the Hugging Face hub for the tokenizer {name}", file=sys.stderr)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"--tokenizer is {name}: there is no such file or folder, and the Hugging Face hub did not give it "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Of what a tokenizer does, wherever it was read from; to be taken before its first use, which may alter it."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "to_str"):
+        description = backend.to_str()
+    else:
+        description = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(description.encode()).hexdigest()[:16]
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """`output` with something after its name."""
+    return output.with_name(os.fspath(output.name) + suffix)

@@ -1,0 +1,91 @@
+"""The peers' adapters against the reference, so that none is first tried on the one GPU run that counts.
+
+Liger's and FLA's kernels run in Triton's interpreter here; the others need a GPU to be imported.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.correctness import check
+from benchmarks.inputs import Case, make_inputs
+from benchmarks.operations import OPERATIONS, Run
+
+CASE = Case(16, 307, "float32")
+INTERPRETED = {"liger": "liger_kernel", "fla": "fla", "fla in place": "fla"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def _floats_as_compiled(monkeypatch):
+    """Compiled kernels receive Python floats as float32 scalars; the interpreter passes them on as they are."""
+    numpy = pytest.importorskip("numpy")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def convert_floats_too(argument):
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(numpy.array([argument], numpy.float32), tl.float32), tl.float32)
+        return convert(argument)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", convert_floats_too)
+
+
+def checked(name, case=CASE):
+    inputs = make_inputs(case, CPU)
+    contender = peers.CONTENDERS[name]
+    run = Run(contender, inputs, torch.empty_like(inputs.logits) if contender.overwrites else None)
+    return check(run, list(OPERATIONS.values()))
+
+
+def assert_right(verdicts):
+    assert set(verdicts) == set(OPERATIONS)
+    for operation, verdict in verdicts.items():
+        assert verdict.problem is None, f"{operation}: {verdict.problem}"
+
+
+@pytest.mark.usefixtures("_floats_as_compiled")
+@pytest.mark.filterwarnings("ignore:Triton is not supported:UserWarning")
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_peers_are_called_right(name):
+    if torch.cuda.is_available():
+        pytest.skip("the suite itself checks them on a GPU")
+    package = INTERPRETED[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    assert_right(checked(name))
+
+
+@pytest.mark.parametrize("name", ["pdl", "pdl in place", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cpu_contenders_are_called_right(name, dtype):
+    assert_right(checked(name, CASE._replace(dtype=dtype)))
+
+
+def test_torch_compile_is_called_right():
+    reason = peers.CONTENDERS["torch.compile"].problem(CPU)
+    if reason:
+        pytest.skip(reason)
+    assert_right(checked("torch.compile"))
+
+
+def test_every_contender_is_described():
+    assert next(iter(peers.CONTENDERS)) == "pdl", "the first one runs twice"
+    for name, contender in peers.CONTENDERS.items():
+        assert contender.name == name
+        assert name.endswith("in place") <= contender.overwrites
+        assert contender.problem(CPU) is None or len(contender.problem(CPU)) > 10
+
+
+def test_absent_peers_are_left_out_with_their_reasons():
+    found, reasons = peers.available(CPU, peers.PEERS)
+    names = {contender.name for contender in found}
+    assert {"pdl", "pdl in place", "torch"} <= names
+    assert set(reasons) >= {"liger", "quack", "flash-attention", "fla", "unsloth"}
+    gpu = torch.device("cuda")
+    if importlib.util.find_spec("flash_attn") is None:
+        assert peers.CONTENDERS["flash-attention"].problem(gpu) == "not installed"

@@ -1,0 +1,424 @@
+"""The benchmark suite as a program: runs, records, compares, judges, and refuses what it cannot use."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import bandwidth, peers, results, shapes, suite, timing
+from benchmarks.__main__ import main
+from benchmarks.compare import compare
+from benchmarks.goals import judge
+from benchmarks.inputs import IGNORE_INDEX, Case, counted_rows, make_inputs
+from benchmarks.operations import OPERATIONS, Run
+
+CPU = torch.device("cpu")
+TINY = ["--device", "cpu", "--shapes", "16x1000,8x2000", "--dtypes", "fp32", "--rounds", "3", "--peers", "torch"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run the program on tiny shapes, without what takes seconds; returns (exit status, document or None)."""
+    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(suite, "measure_host", lambda: {"problem": "not in this test"})
+    monkeypatch.setattr(suite.memory, "peaks_on_cpu", lambda *_: ({}, "not in this test"))
+
+    def run_program(*arguments):
+        threads = ["--threads", str(torch.get_num_threads())]
+        status = main([*arguments, *threads, "--out", str(tmp_path)])
+        files = sorted(tmp_path.rglob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return status, json.loads(files[-1].read_text()) if files else None
+
+    return run_program
+
+
+def replace_contender(monkeypatch, name, **changes):
+    changed = dataclasses.replace(peers.CONTENDERS[name], **changes)
+    monkeypatch.setitem(peers.CONTENDERS, name, changed)
+
+
+def test_a_run_writes_table_json_and_plots(run, tmp_path, capsys):
+    status, document = run(*TINY)
+    assert status == 0
+    path = next(tmp_path.rglob("*.json"))
+    assert path.parent == tmp_path / "cpu"
+    assert results.load(path) == document
+    assert document["complete"]
+    assert document["environment"]["packages"]["torch"] == torch.__version__
+    assert document["bandwidth"]["copy"] > 0
+    keys = {(r["operation"], r["rows"], r["vocab_size"], r["contender"]) for r in document["records"]}
+    names = ("pdl", "pdl in place", "torch")
+    assert keys == {(op, *shape, name) for op in OPERATIONS for shape in ((16, 1000), (8, 2000)) for name in names}
+    for record in document["records"]:
+        assert record["status"] == "timed"
+        assert len(record["seconds"]) == 3
+        assert min(record["seconds"]) > 0
+        assert record["loss_error"] < 1e-5
+        assert (len(record.get("again", [])) == 3) == (record["contender"] == "pdl")
+        assert (record["planned_bytes"] is None) == (record["contender"] == "torch")
+    assert len(list(tmp_path.rglob("*-bandwidth.png"))) == 1
+    shown = capsys.readouterr().out
+    for text in ("16 x 1000 float32", "pdl in place", "GB/s", "noise", "interpreter, whose time means nothing"):
+        assert text in shown
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_second_run_overwrites_nothing(run, tmp_path):
+    arguments = [*TINY, "--op", "forward"]
+    assert run(*arguments)[0] == 0
+    first = next(tmp_path.rglob("*.json"))
+    before = first.read_bytes()
+    assert run(*arguments)[0] == 0
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+    assert first.read_bytes() == before
+
+
+def test_rounds_end_when_their_time_is_over():
+    inputs = make_inputs(Case(2, 10, "float32"), CPU)
+    lanes = [timing.Lane(Run(peers.CONTENDERS["torch"], inputs, None), []) for _ in range(2)]
+    steps = []
+    given_up = timing.time_interleaved(lanes, OPERATIONS["forward"], 50, 0.0, timing.make_stopwatch(CPU), steps.append)
+    assert given_up == []
+    assert [len(lane.seconds) for lane in lanes] == [timing.MIN_ROUNDS] * 2
+    assert sum(steps) == 51 * 2, "the progress bar reaches its end"
+
+
+def test_peak_memory_of_a_fresh_process():
+    case = Case(512, 32000, "float32")
+    for name, least, most in (("torch", 2.5, 3.5), ("pdl in place", 0.0, 0.2)):
+        peaks, problem = suite.memory.peaks_on_cpu(name, case, threads=1)
+        if problem == "only Linux resets the peak of the resident set":
+            pytest.skip(problem)
+        assert problem is None
+        assert least <= peaks["forward-backward"] / case.logits_bytes <= most
+
+
+def test_a_wrong_contender_is_reported_and_not_timed(run, monkeypatch, capsys):
+    build = peers.CONTENDERS["torch"].build
+    replace_contender(monkeypatch, "torch", build=lambda inputs: lambda logits: build(inputs)(logits) * 1.01)
+    status, document = run(*TINY)
+    assert status == 0
+    for record in document["records"]:
+        wrong = record["contender"] == "torch"
+        assert record["status"] == ("wrong" if wrong else "timed")
+        assert bool(record["seconds"]) == (not wrong)
+    assert "relative error of the loss" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_noticed(run, monkeypatch):
+    def build(inputs):
+        def loss(logits):
+            right = peers.torch_eager.build(inputs)(logits)
+            return right + (logits - logits.detach()).sum() * 1e-6
+
+        return loss
+
+    replace_contender(monkeypatch, "torch", build=build)
+    _, document = run(*TINY)
+    status = {r["operation"]: r["status"] for r in document["records"] if r["contender"] == "torch"}
+    assert status == {"forward": "timed", "forward-backward": "wrong", "forward-backward-scaled": "wrong"}
+
+
+def test_writing_to_logits_unannounced_is_wrong(run, monkeypatch):
+    build = peers.CONTENDERS["torch"].build
+
+    def build_careless(inputs):
+        def loss(logits):
+            result = build(inputs)(logits)
+            logits.detach()[0, 0] += 1
+            return result
+
+        return loss
+
+    replace_contender(monkeypatch, "torch", build=build_careless)
+    _, document = run(*TINY, "--op", "forward")
+    problems = [r["problem"] for r in document["records"] if r["contender"] == "torch"]
+    assert all("leave alone" in problem for problem in problems)
+
+
+def test_our_own_failure_is_the_exit_status(run, monkeypatch):
+    def build(inputs):
+        raise ValueError("broken\nin two lines")
+
+    replace_contender(monkeypatch, "pdl", build=build)
+    status, document = run(*TINY, "--op", "forward")
+    assert status == 1
+    records = {r["contender"]: r for r in document["records"]}
+    assert (records["pdl"]["status"], records["pdl"]["problem"]) == ("failed", "ValueError: broken")
+    assert records["torch"]["status"] == "timed"
+
+
+def test_out_of_memory_is_a_result(run, monkeypatch):
+    calls = []
+
+    def build(inputs):
+        right = peers.torch_eager.build(inputs)
+
+        def loss(logits):
+            calls.append(1)
+            if len(calls) > 4:  # past the check
+                raise torch.cuda.OutOfMemoryError("no room")
+            return right(logits)
+
+        return loss
+
+    replace_contender(monkeypatch, "torch", build=build)
+    status, document = run(*TINY[:2], "--shapes", "16x1000", *TINY[4:], "--op", "forward-backward")
+    assert status == 0
+    (record,) = [r for r in document["records"] if r["contender"] == "torch"]
+    assert (record["status"], record["seconds"]) == ("out of memory", [])
+
+
+def test_ctrl_c_keeps_what_was_measured(run, monkeypatch, capsys):
+    calls = []
+
+    def build(inputs):
+        right = peers.torch_eager.build(inputs)
+
+        def loss(logits):
+            calls.append(1)
+            if inputs.case.rows == 8 and inputs.case.vocab_size == 2000 and len(calls) > 25:
+                raise KeyboardInterrupt
+            return right(logits)
+
+        return loss
+
+    replace_contender(monkeypatch, "torch", build=build)
+    status, document = run(*TINY)
+    assert status == 130
+    assert not document["complete"]
+    first = [r for r in document["records"] if r["rows"] == 16]
+    assert all(r["status"] == "timed" and len(r["seconds"]) == 3 for r in first)
+    second = [r for r in document["records"] if r["rows"] == 8]
+    assert {r["status"] for r in second} == {"timed", "not timed"}
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "ligre"], "'ligre': accepted are torch, torch.compile, liger"),
+        (["--peers", "liger"], "liger: its kernels run on a GPU"),
+        (["--op", "sideways"], "'sideways': accepted are forward, forward-backward"),
+        (["--dtypes", "int8"], "'int8': accepted are bfloat16"),
+        (["--shapes", "1024"], "accepted are ROWSxVOCABULARY"),
+        (["--shapes", "0x1000"], "accepted are ROWSxVOCABULARY"),
+        (["--shapes", "10000000x262144"], "does not fit: it needs about"),
+        (["--device", "tpu"], "--device tpu: accepted are cpu and cuda"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--compare", "nowhere.json"], "nowhere.json: No such file"),
+    ],
+)
+def test_bad_input_is_refused(run, tmp_path, capsys, arguments, message):
+    status, _ = run("--device", "cpu", *arguments)
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_file_as_output_folder_is_refused(tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    assert main([*TINY, "--out", str(path)]) == 2
+    assert "a directory is accepted" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_cuda_is_refused(run, capsys):
+    assert run("--device", "cuda")[0] == 2
+    assert "torch sees no such device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.update(version=99), "has version 99 of the results' format"),
+        (lambda document: document.pop("records"), "is damaged: records missing"),
+        (lambda document: document["records"][0].pop("seconds"), "is damaged: seconds missing"),
+        (lambda document: document.update(schema="other"), "is not a results file of this suite"),
+    ],
+)
+def test_results_of_another_kind_are_refused(run, tmp_path, capsys, change, message):
+    document = synthetic()
+    change(document)
+    path = tmp_path / "elsewhere" / "old.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(document))
+    assert run(*TINY, "--compare", str(path))[0] == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*.json")) == [path]
+
+
+def test_a_results_file_cut_short_is_refused(tmp_path, capsys):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(synthetic())[:100])
+    assert main([*TINY, "--compare", str(path), "--out", str(tmp_path)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging recorded results
+
+
+CPU_CASE = Case(1024, 32000, "float32")
+
+
+def synthetic(device="AMD EPYC", device_type="cpu", case=CPU_CASE, **milliseconds):
+    """A complete document with one forward + backward of each named contender."""
+    environment = {
+        "date": "2026-01-01T00:00:00",
+        "commit": "0123456789",
+        "device": device,
+        "device_type": device_type,
+        "cpu": "AMD EPYC",
+        "threads": 2,
+        "packages": {},
+    }
+    document = results.new_document(environment, {"quick": False}, {})
+    document.update(complete=True, bandwidth={"copy": 4e12, "read": 4.4e12})
+    for name, time in (milliseconds or {"torch": 200.0, "pdl": 100.0}).items():
+        document["records"].append(
+            {
+                "operation": "forward-backward",
+                "rows": case.rows,
+                "vocab_size": case.vocab_size,
+                "dtype": case.dtype,
+                "contender": name.replace("_", " "),
+                "status": "timed",
+                "problem": None,
+                "seconds": [time / 1e3 * factor for factor in (0.99, 1.0, 1.01)],
+                "floor_bytes": 2 * case.logits_bytes,
+                "peak_extra_bytes": int(1e6 * time),
+            }
+        )
+    return document
+
+
+def judged(*documents):
+    entries = [(results.Path(f"{number}.json"), document) for number, document in enumerate(documents)]
+    return {judgement.goal.text: judgement for judgement in judge(entries)}
+
+
+def test_goals_of_a_cpu():
+    found = judged(synthetic(torch=200.0, pdl=125.0, pdl_in_place=50.0))
+    missed = found["CPU, float32: times as fast as torch"]
+    assert missed.status == "missed"
+    assert "by 20%: 1.60x at 1024 x 32000 float32 (0.json), goal 2.00x; 1 of 1 cases miss it" in missed.detail
+    assert found["CPU, in place: times as fast as torch"].status == "met"
+    assert found["CPU: extra memory, of torch's"].status == "missed"
+    assert found["CPU, in place: extra memory, of torch's"].status == "met"
+    assert found["CPU, 16 bits: times as fast as torch"].status == "not measured"
+    assert found["H200, bf16: times as fast as Liger"].status == "not measured"
+
+
+def test_goals_of_a_gpu():
+    case = Case(8192, 128256, "bfloat16")
+    ideal = 2 * case.logits_bytes / 4e12 * 1e3  # ms at the copy bandwidth
+    times = {"pdl": ideal / 0.95, "liger": 2.5 * ideal, "quack": 1.02 * ideal}
+    found = judged(synthetic("NVIDIA H200", "cuda", case, **times))
+    assert found["H200, bf16: forward + backward, of the 4-byte floor"].status == "met"
+    assert found["H200, bf16: times as fast as Liger"].status == "met"
+    assert found["H200, bf16: not behind QuACK, within noise"].status == "missed"
+    assert found["H200, bf16: times as fast as torch.compile"].status == "not measured"
+    assert found["H200, bf16: forward, of the read bandwidth"].status == "not measured"
+    assert found["CPU, float32: times as fast as torch"].status == "not measured"
+    other = judged(synthetic("NVIDIA A100", "cuda", case, **times))
+    assert all(judgement.status == "not measured" for judgement in other.values())
+
+
+def test_goals_of_the_host():
+    document = synthetic()
+    document["host"] = {"microseconds": {"median": 90.0}, "launches_forward": 3, "launches_backward": 1}
+    found = judged(document)
+    assert found["Host: microseconds of Python per forward + backward"].status == "missed"
+    assert "by 50%" in found["Host: microseconds of Python per forward + backward"].detail
+    assert found["Host: launches forward"].status == "met"
+
+
+def test_goals_take_the_newest_complete_run():
+    good, bad = synthetic(torch=200.0, pdl=90.0), synthetic(torch=200.0, pdl=180.0)
+    goal = "CPU, float32: times as fast as torch"
+    assert judged(good, bad)[goal].status == "missed"
+    assert judged(bad, good)[goal].status == "met"
+    bad["complete"] = False
+    assert judged(good, bad)[goal].status == "met"
+    bad.update(complete=True, options={"quick": True})
+    assert judged(good, bad)[goal].status == "met"
+
+
+def test_goals_from_files(tmp_path, capsys):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "mine.json").write_text(json.dumps(synthetic(torch=200.0, pdl=50.0)))
+    (tmp_path / "other.json").write_text('{"results": []}')
+    assert main(["--goals", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "mine.json" in shown
+    assert "not measured" in shown
+    (tmp_path / "cpu" / "mine.json").write_text(json.dumps({**synthetic(), "version": 0}))
+    assert main(["--goals", "--out", str(tmp_path)]) == 2
+
+
+def test_compare():
+    old, new = synthetic(torch=200.0, pdl=100.0), synthetic(torch=201.0, pdl=150.0)
+    changes = {change.key.contender: change for change in compare(old, new)}
+    assert changes["pdl"].ratio == pytest.approx(1.5)
+    assert changes["pdl"].verdict == "slower"
+    assert changes["torch"].verdict == "within noise"
+    noisy = copy.deepcopy(new)
+    noisy["records"][1]["again"] = [0.3, 0.3, 0.3]  # the second instance took twice as long
+    changes = {change.key.contender: change for change in compare(old, noisy)}
+    assert changes["pdl"].noise == pytest.approx(1.0)
+    assert changes["pdl"].verdict == "within noise"
+
+
+def test_compare_two_files(tmp_path, capsys):
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    paths[0].write_text(json.dumps(synthetic()))
+    paths[1].write_text(json.dumps(synthetic("another machine", torch=200.0, pdl=50.0)))
+    assert main(["--compare", *map(str, paths)]) == 0
+    shown = capsys.readouterr().out
+    assert "0.50" in shown
+    assert "faster" in shown
+    assert "the device differs" in shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs and shapes
+
+
+@pytest.mark.parametrize("rows", [1, 16, 600])
+def test_inputs_are_like_a_trained_models(rows):
+    inputs = make_inputs(Case(rows, 5000, "float32"), CPU)
+    counted = inputs.targets != IGNORE_INDEX
+    assert counted.sum() == counted_rows(rows) >= 0.8 * rows
+    p_y = inputs.logits.softmax(-1).gather(1, inputs.targets.clamp(min=0)[:, None])[:, 0]
+    confident = torch.arange(rows) % 4 == 0
+    assert (p_y[confident & counted] > 0.99).all()
+    assert (p_y[~confident & counted] < 0.3).all()
+    assert inputs.weights[0] < inputs.weights[-1], "frequent tokens weigh less"
+    if rows > 1:
+        assert (inputs.targets[counted] < 500).float().mean() > 0.5, "targets follow Zipf's law"
+
+
+def test_default_shapes():
+    for device in (CPU, torch.device("cuda")):
+        for quick in (False, True):
+            dtypes = shapes.default_dtypes(device, quick=quick)
+            cases = shapes.default_cases(device, dtypes, quick=quick)
+            assert len(set(cases)) == len(cases)
+            assert quick or {case.vocab_size for case in cases} == set(shapes.VOCABULARIES)
+    rows = {case.rows for case in shapes.default_cases(torch.device("cuda"), ["bfloat16"], quick=False)}
+    assert min(rows) == 1
+    assert max(rows) == 16384
+
+
+def test_shapes_that_do_not_fit_are_left_out(run, monkeypatch):
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 7 * 4 * 16 * 1000)
+    monkeypatch.setattr(shapes, "_cpu_shapes", lambda dtype, quick: [(16, 1000), (17, 1000)])
+    status, document = run("--device", "cpu", "--dtypes", "fp32", "--peers", "none", "--op", "forward", "--rounds", "2")
+    assert status == 0
+    assert {record["rows"] for record in document["records"]} == {16}
+    assert "it needs about" in document["left_out"]["17 x 1000 float32"]
