@@ -8,9 +8,10 @@ def main() -> None:
     try:
         from pdl_kernels.commands import app
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        missing = (error.name or "").split(".")[0]
+        if missing not in ("typer", "rich"):
             raise
-        print(f"error: {error.name} is not installed: pip install 'pdl-kernels[cli]'", file=sys.stderr)
+        print(f"error: {missing} is not installed: pip install 'pdl-kernels[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
     app(prog_name="pdl-kernels")
 

@@ -122,7 +122,7 @@ class JsonFiles(_Files):
         for _, value in self._values(file):
             if isinstance(value, str):
                 return "texts"
-            if value:
+            if len(value):
                 return "labels"
             empty = "labels"  # an empty list, and perhaps a row with ids follows
         return empty

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("typer", reason="the extra cli is not installed")
 pytest.importorskip("rich")
 pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
@@ -50,7 +51,9 @@ def tokenizer(tmp_path):
 
 @pytest.fixture
 def folder(tokenizer):
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    made = tokenizers.Tokenizer.from_file(tokenizer)
+    made.no_padding()  # transformers would add a padding token for it
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
     fast.save_pretrained("folder")
     return "folder"
 
@@ -94,7 +97,7 @@ def write_json(name, rows):
 
 
 def write_parquet(name, columns, **options):
-    pa.parquet.write_table(pa.table(columns), name, **options)
+    pq.write_table(pa.table(columns), name, **options)
     return name
 
 
@@ -607,8 +610,7 @@ def test_options_of_weights(counts, options, recipe):
 
 def test_idf_needs_documents(counts, tokenizer):
     message = fail(2, "weights", counts, "--recipe", "idf", "--output", "weights.safetensors")
-    assert "counts hold no documents" in message
-    assert "--documents" in message
+    assert "accepted are counts of `pdl-kernels count --documents`" in message
     run("count", "corpus.jsonl", "--tokenizer", tokenizer, "--output", counts, "--overwrite", "--documents")
     run("weights", counts, "--recipe", "idf", "--output", "weights.safetensors")
     assert load_weights("weights.safetensors").weighting.name == "idf"
@@ -635,7 +637,7 @@ def test_every_recipe_is_on_offer():
         (["--normalize", "median"], "Invalid value for '--normalize'"),
         (["--alpha", -1], "Invalid value for '--alpha'"),
         (["--alpha", "much"], "Invalid value for '--alpha'"),
-        (["--alpha", "nan"], "alpha is nan"),
+        (["--alpha", "nan"], "nan"),
         (["--recipe", "class_balanced", "--beta", 1], "beta is 1"),
         (["--unseen", "most"], "--unseen is 'most'; accepted are a number >= 0, formula and cap"),
         (["--unseen", -1], "unseen is -1"),
@@ -917,6 +919,8 @@ def test_import_of_the_package_loads_nothing_of_the_extra():
 
 
 def test_a_missing_package_of_one_command(counts, weights, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pdl_kernels.plots", None)
+    monkeypatch.delitem(sys.modules, "pdl_kernels.plots", raising=False)
+    monkeypatch.delattr("pdl_kernels.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     message = fail(2, "plot", weights, counts, "--output", "plot.png")
-    assert "is not installed: pip install 'pdl-kernels[cli]'" in message
+    assert message == "error: matplotlib is not installed: pip install 'pdl-kernels[cli]'\n"

@@ -17,6 +17,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # Errors of the package and of this command line about what the user gave; the message says all there is to say.
 USER_ERRORS = (ValueError, TypeError, IndexError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
+EXTRA = ("accelerate", "gguf", "huggingface_hub", "matplotlib", "pyarrow", "tokenizers", "transformers")
+
 EXIT_CODES = (
     "Exit codes: 0 done; 1 the work could not be finished, such as a full disk; 2 an option or a file is not as it has "
     "to be; 130 interrupted."
@@ -41,14 +43,15 @@ class Commands(TyperGroup):
 
 def report(error: BaseException) -> tuple[str, int]:
     """What to print for an exception, and the exit code."""
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted{notes}", INTERRUPTED
+        return "interrupted", INTERRUPTED
     if isinstance(error, ModuleNotFoundError):
-        return f"error: {error.name} is not installed: pip install 'pdl-kernels[cli]'{notes}", USER_ERROR
+        missing = (error.name or "").split(".")[0]
+        remedy = ": pip install 'pdl-kernels[cli]'" if missing in EXTRA else ""
+        return f"error: {missing} is not installed{remedy}", USER_ERROR
     if isinstance(error, MemoryError):
-        return f"error: out of memory{notes}", FAILED
-    return f"error: {error}{notes}", USER_ERROR if isinstance(error, USER_ERRORS) else FAILED
+        return "error: out of memory", FAILED
+    return f"error: {error}", USER_ERROR if isinstance(error, USER_ERRORS) else FAILED
 
 
 def _show_version(wanted: bool) -> None:

@@ -175,6 +175,11 @@ def weights(
 
     loaded = load_tokenizer(tokenizer)
     token_counts = TokenCounts.load(counts)
+    if recipe is Recipe.idf and token_counts.document_counts is None:
+        raise ValueError(
+            f"--recipe idf needs the texts that hold each token, and {counts} was made without; accepted are counts of "
+            "`pdl-kernels count --documents`"
+        )
     weighting: Weighting
     if paper:
         weighting = PowerLawWeighting.paper()
