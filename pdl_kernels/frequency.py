@@ -54,8 +54,8 @@ class TokenCounts:
             raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; accepted is an integer >= 1")
         if vocab_size < 1:
             raise ValueError(f"vocab_size is {vocab_size}; accepted is an integer >= 1")
-        self.counts = torch.zeros(vocab_size, dtype=torch.int64)
-        self.document_counts = torch.zeros(vocab_size, dtype=torch.int64) if documents else None
+        self.counts = _zeros(vocab_size)
+        self.document_counts = _zeros(vocab_size) if documents else None
         self.sequences = 0
         self.tokenizer = tokenizer
         self.counted: str | None = None
@@ -67,10 +67,10 @@ class TokenCounts:
     @property
     def total(self) -> int:
         """Number of targets counted."""
-        return int(self.counts.sum())
+        return int(self.counts.numpy().sum())
 
     def __repr__(self) -> str:
-        seen = int((self.counts > 0).sum())
+        seen = np.count_nonzero(self.counts.numpy())
         return f"TokenCounts({self.total:,} targets, {seen:,} of {self.vocab_size:,} types seen)"
 
     def __eq__(self, other: object) -> bool:
@@ -103,7 +103,8 @@ class TokenCounts:
             TypeError: labels that are not integers.
         """
         _check_shift_and_ignore_index(shift, ignore_index)
-        return self._add(gather_pieces(split_labels(labels, shift)), ignore_index)
+        whole = self.document_counts is not None
+        return self._add(gather_pieces(split_labels(labels, shift, whole=whole)), ignore_index)
 
     def _add(self, pieces: Iterator[Piece], ignore_index: int | None) -> TokenCounts:
         counts = np.zeros(self.vocab_size, dtype=np.int64)
@@ -116,9 +117,9 @@ class TokenCounts:
                 document_counts += self._count_documents(piece, kept)
             sequences += len(piece.lengths)
         sums: dict[str, Any] = {"sequences": self.sequences + sequences}
-        sums["counts"] = self.counts + torch.from_numpy(counts)
+        sums["counts"] = torch.from_numpy(self.counts.numpy() + counts)
         if self.document_counts is not None:
-            sums["document_counts"] = self.document_counts + torch.from_numpy(document_counts)
+            sums["document_counts"] = torch.from_numpy(self.document_counts.numpy() + document_counts)
         vars(self).update(sums)  # in one step: Ctrl-C finds all of a batch counted or none, or resuming would be wrong
         return self
 
@@ -302,10 +303,10 @@ class TokenCounts:
         bar = tqdm(desc="counting", unit=unit, total=total, initial=self.sequences, disable=not progress)
         try:
             for rows, pieces in batches:
-                before = int(self.counts.sum())
+                before = self.total
                 self._add(pieces, ignore_index)
                 bar.update(rows)
-                since_checkpoint += int(self.counts.sum()) - before
+                since_checkpoint += self.total - before
                 if checkpoint is not None and since_checkpoint >= CHECKPOINT_IDS:
                     self.save(checkpoint)
                     since_checkpoint = 0
@@ -332,9 +333,9 @@ class TokenCounts:
     def merge(self, other: TokenCounts) -> TokenCounts:
         """Add `other` in place; returns self. ValueError: another vocab_size, tokenizer or only one with documents."""
         self._check_mergeable(other, "other")
-        self.counts += other.counts
+        _add_to(self.counts, other.counts.numpy())
         if self.document_counts is not None and other.document_counts is not None:
-            self.document_counts += other.document_counts
+            _add_to(self.document_counts, other.document_counts.numpy())
         self.sequences += other.sequences
         self.tokenizer = self.tokenizer or other.tokenizer
         parts = [part for part in dict.fromkeys((self.counted, other.counted)) if part is not None]
@@ -428,6 +429,18 @@ def _file_problem(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> st
     if int(tensors["counts"].sum()) != facts["tokens"]:
         return f"the counts add up to {int(tensors['counts'].sum())}, and it says {facts['tokens']}"
     return None
+
+
+# numpy where a worker process counts: torch's threads do not survive a fork.
+
+
+def _zeros(size: int) -> Tensor:
+    return torch.from_numpy(np.zeros(size, dtype=np.int64))
+
+
+def _add_to(total: Tensor, counts: Integers) -> None:
+    target = total.numpy()
+    np.add(target, counts, out=target)
 
 
 def _check_shift_and_ignore_index(shift: object, ignore_index: object) -> None:

@@ -24,11 +24,15 @@ class Piece(NamedTuple):
     locate: Callable[[int], str]  # where in the input ids[i] came from, such as "labels[3, 17]"
 
 
-def split_labels(labels: Any, shift: bool, name: str = "labels") -> Iterator[Piece]:
-    """The pieces of `labels` (..., L); with `shift`, position 0 of each sequence is left out."""
+def split_labels(labels: Any, shift: bool, name: str = "labels", *, whole: bool = True) -> Iterator[Piece]:
+    """The pieces of `labels` (..., L); with `shift`, position 0 of each sequence is left out.
+
+    With `whole` no sequence is cut: how many sequences hold a token needs each in one piece. Otherwise a long sequence
+    comes in several pieces, of which the first one counts it.
+    """
     if isinstance(labels, Tensor):
         if labels.is_nested:
-            yield from split_labels(list(labels.unbind()), shift, name)
+            yield from split_labels(list(labels.unbind()), shift, name, whole=whole)
             return
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"{name} is a {labels.dtype} tensor; accepted are {ACCEPTED}")
@@ -39,15 +43,15 @@ def split_labels(labels: Any, shift: bool, name: str = "labels") -> Iterator[Pie
         raise TypeError(f"{name} is a {type(labels).__name__}; accepted are {ACCEPTED}")
     if isinstance(labels, Sequence) and any(_is_sequence(entry) for entry in labels):
         for position, entry in enumerate(labels):
-            yield from split_labels(entry, shift, f"{name}[{position}]")
+            yield from split_labels(entry, shift, f"{name}[{position}]", whole=whole)
         return
     array = np.asarray(labels)
     if array.dtype == object and array.size > 0 and all(_is_sequence(entry) for entry in array.flat):
-        yield from split_labels(list(array.flat), shift, name)
+        yield from split_labels(list(array.flat), shift, name, whole=whole)
     elif array.ndim > 0 and array.size == 0:
         yield Piece(np.empty(0, np.int64), np.zeros(int(np.prod(array.shape[:-1])), np.int64), str)
     else:
-        yield from _split_array(array, shift, name)
+        yield from _split_array(array, shift, name, whole)
 
 
 def _is_sequence(value: Any) -> bool:
@@ -61,26 +65,29 @@ def check_fits(ids: npt.NDArray[Any], name: str) -> None:
         raise IndexError(f"{name} holds {ids.max()}, which is no id of any vocabulary")
 
 
-def _split_array(array: npt.NDArray[Any], shift: bool, name: str) -> Iterator[Piece]:
+def _split_array(array: npt.NDArray[Any], shift: bool, name: str, whole: bool) -> Iterator[Piece]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} holds {array.dtype}; accepted are {ACCEPTED}")
     if array.ndim == 0:
         raise ValueError(f"{name} is a single number; accepted is (..., L), sequences of ids")
     check_fits(array, name)
     rows = array.reshape(-1, array.shape[-1])  # (sequences, L)
-    # Whole sequences at a time, however long one is: how many sequences hold a token needs each in one piece.
-    step = max(1, PIECE_IDS // rows.shape[1])
+    length = rows.shape[1]
+    row_step = max(1, PIECE_IDS // length)
+    column_step = length if whole else PIECE_IDS
     first = int(shift)
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step, first:]
-        length = block.shape[1]
+    for row in range(0, len(rows), row_step):
+        for column in range(first, max(length, first + 1), column_step):
+            block = rows[row : row + row_step, column : column + column_step]
+            width = block.shape[1]
 
-        def locate(index: int, start: int = start, length: int = length) -> str:
-            row, column = divmod(index, max(length, 1))
-            position = [*np.unravel_index(start + row, array.shape[:-1]), first + column]
-            return f"{name}[{', '.join(map(str, position))}]"
+            def locate(index: int, row: int = row, column: int = column, width: int = width) -> str:
+                below, beside = divmod(index, max(width, 1))
+                position = [*np.unravel_index(row + below, array.shape[:-1]), column + beside]
+                return f"{name}[{', '.join(map(str, position))}]"
 
-        yield Piece(block.astype(np.int64).ravel(), np.full(len(block), length), locate)
+            lengths = np.full(len(block) if column == first else 0, width)
+            yield Piece(block.astype(np.int64).ravel(), lengths, locate)
 
 
 def join_pieces(pieces: Sequence[Piece]) -> Piece:

@@ -637,7 +637,7 @@ def test_every_recipe_is_on_offer():
         (["--normalize", "median"], "Invalid value for '--normalize'"),
         (["--alpha", -1], "Invalid value for '--alpha'"),
         (["--alpha", "much"], "Invalid value for '--alpha'"),
-        (["--alpha", "nan"], "nan"),
+        (["--alpha", "nan"], "Invalid value for '--alpha'"),
         (["--recipe", "class_balanced", "--beta", 1], "beta is 1"),
         (["--unseen", "most"], "--unseen is 'most'; accepted are a number >= 0, formula and cap"),
         (["--unseen", -1], "unseen is -1"),

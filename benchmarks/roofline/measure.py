@@ -1,5 +1,6 @@
 """One launch as a row of the report."""
 
+import re
 from typing import Any
 
 from benchmarks.roofline import budgets, model
@@ -81,6 +82,6 @@ def _tile_store_layouts(launch: Launch) -> list[str]:
     variant = launch.arguments.get("VARIANT")
     if variant is None:
         return []
-    lines = launch.compiled.asm["ttgir"].splitlines()
-    stores = [line for line in lines if "tt.store" in line and f"x{variant.vector}x!tt" in line]
-    return sorted({line.rsplit("#", 1)[1].split(">")[0] for line in stores})
+    stores = [line for line in launch.compiled.asm["ttgir"].splitlines() if "tt.store" in line]
+    tile = re.compile(rf"tensor<\d+x{variant.vector}x!tt\.ptr<\w+>, (#\w+)>")  # of pointers, with its layout
+    return sorted({match[1] for match in map(tile.search, stores) if match})

@@ -167,6 +167,8 @@ def count(
         f"{output}: {counts.total:,} targets in {counts.sequences:,} sequences, {int((counts.counts > 0).sum()):,} of "
         f"{counts.vocab_size:,} types seen, {time.monotonic() - started:.1f} s"
     )
+    if counts.total == 0:
+        print("warning: no target was counted: with --shift the first token of each text or label list is none")
     print(f"next: pdl-kernels weights {output} --output {output.with_name('weights.safetensors')}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,14 +182,15 @@ def weights(
             f"--recipe idf needs the texts that hold each token, and {counts} was made without; accepted are counts of "
             "`pdl-kernels count --documents`"
         )
-    weighting: Weighting
-    if paper:
-        weighting = PowerLawWeighting.paper()
-    else:
-        special = special_token_ids(loaded) if neutral_special else ()
-        neutral = (*special, *(neutral_id or ()))
-        weighting = weightings()[(recipe or Recipe.power_law).value](neutral_ids=neutral, **common, **own)
-    table = weighting.table(token_counts, vocab_size)
+    with _arguments_named_as_options():
+        weighting: Weighting
+        if paper:
+            weighting = PowerLawWeighting.paper()
+        else:
+            special = special_token_ids(loaded) if neutral_special else ()
+            neutral = (*special, *(neutral_id or ()))
+            weighting = weightings()[(recipe or Recipe.power_law).value](neutral_ids=neutral, **common, **own)
+        table = weighting.table(token_counts, vocab_size)
     description = describe(table, token_counts, loaded)
     save_weights(output, table, weighting, token_counts)
     print(f"{output}: {weighting!r}")
@@ -202,6 +205,18 @@ def _check_recipe_options(recipe: Recipe, own: dict[str, float]) -> None:
             owner = next(name for name, options in accepted.items() if option in options)
             takes = ", ".join(f"--{name}" for name in accepted[recipe.value]) or "no option of its own"
             raise ValueError(f"--{option} belongs to --recipe {owner}; --recipe {recipe.value} takes {takes}")
+
+
+@contextmanager
+def _arguments_named_as_options() -> Iterator[None]:
+    """The package's messages begin with the argument, which here is an option."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name not in ("alpha", "eps", "beta", "a", "unseen", "vocab_size"):
+            raise
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 def _own_options(kind: type[Weighting]) -> list[str]:
