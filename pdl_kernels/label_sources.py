@@ -42,6 +42,8 @@ def arrow_batches(dataset: Any, column: str, shift: bool, skipped: int, batch_si
     names = getattr(dataset, "column_names", None)
     if names is not None and column not in names:
         raise ValueError(f"column is {column!r}; accepted are the data set's columns {', '.join(map(repr, names))}")
+    if skipped and skipped == length(dataset):
+        return  # all were counted before; a data set does not skip its last row
     dataset = (dataset.skip(skipped) if skipped else dataset).select_columns([column]).with_format("arrow")
     yield from table_batches(dataset.iter(batch_size=batch_size), column, shift, skipped)
 
