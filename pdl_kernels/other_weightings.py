@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,7 +82,7 @@ class ClassBalancedWeighting(Weighting):
         if self.beta == 0:
             return torch.where(frequencies.tokens > 0, 1.0, torch.inf).double()
         # 1 - beta ** n without cancellation where beta is near 1.
-        return (1 - self.beta) / -torch.expm1(frequencies.tokens * torch.tensor(self.beta).double().log())
+        return (1 - self.beta) / -torch.expm1(frequencies.tokens * math.log(self.beta))
 
 
 @dataclass(frozen=True)

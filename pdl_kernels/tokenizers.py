@@ -75,5 +75,7 @@ def token_text(tokenizer: Any, index: int) -> str | None:
         text = tokenizer.decode([index], clean_up_tokenization_spaces=False)
         # Bytes that are no character on their own decode to a replacement sign, which tells nothing.
         return text if text and "�" not in text else tokenizer.convert_ids_to_tokens(index)
+    if not _is_tokenizers(tokenizer):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; accepted is {ACCEPTED}")
     text = tokenizer.decode([index], skip_special_tokens=False)
     return text if text and "�" not in text else tokenizer.id_to_token(index)

@@ -1,7 +1,7 @@
 """What the package asks of a tokenizer."""
 
 import pytest
-from tiny_tokenizers import ANT, BOS, EOS, PAD, TURN, TURN_TEXT, UNK, WORDS, make_tokenizer, make_transformers_tokenizer
+from tiny_tokenizers import BOS, EOS, PAD, TURN, TURN_TEXT, UNK, WORDS, make_tokenizer, make_transformers_tokenizer
 
 from pdl_kernels import special_token_ids
 from pdl_kernels.tokenizers import token_text, vocab_size_of
@@ -59,7 +59,3 @@ def test_pieces_of_characters_are_shown_as_the_vocabulary_has_them(kind):
     texts = [token_text(tokenizer, index) for index in (first, last)]
     assert texts == [alphabet[first], alphabet[last]]
     assert token_text(tokenizer, alphabet.index("Ġ")) == " "
-
-
-def test_ant_is_a_word():
-    assert ANT not in special_token_ids(make_transformers_tokenizer())
