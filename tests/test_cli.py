@@ -370,6 +370,50 @@ def test_resume_refuses_other_files_and_settings(tokenizer, monkeypatch, change,
     assert not Path("c.safetensors").exists()
 
 
+@pytest.mark.parametrize("kind", ["json labels", "parquet labels"])
+def test_resume_refuses_other_labels(tokenizer, monkeypatch, kind):
+    monkeypatch.setattr(corpus_files, "LARGEST_BATCH", 1000)
+    name, options = big_corpus(kind)
+    with monkeypatch.context() as patches:
+        Interruption(patches, 1)
+        fail(130, "count", name, *options, "--output", "c.safetensors")
+    write_json("big.jsonl", [{"labels": [3, 4]}])
+    write_parquet("big.parquet", {"labels": pa.array([[3, 4]], pa.list_(pa.int32()))})
+    assert "holds counts of" in fail(2, "count", name, *options, "--output", "c.safetensors", "--resume")
+
+
+def test_ctrl_c_at_any_line_counts_all_of_a_batch_or_none():
+    # A checkpoint with a batch's counts and without its sequences would count that batch twice when resumed.
+    code = TokenCounts._add.__code__
+    found = set()
+    for line in range(100):
+        counts = TokenCounts(8, documents=True)
+        left = [line]
+
+        def trace(frame, event, _, left=left):
+            if frame.f_code is not code:
+                return None
+            if event == "line":
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            counts.update([[3, 4], [4]], shift=False)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        found.add((counts.total, int(counts.document_counts.sum()), counts.sequences))
+        if left[0] >= 0:
+            break
+    assert left[0] >= 0  # the last round ran through
+    assert found == {(0, 0, 0), (3, 3, 2)}
+
+
 def test_fingerprint_sees_size_and_every_sampled_block():
     content = bytearray(3_000_000)
     path = Path("large")
