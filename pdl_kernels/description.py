@@ -170,9 +170,9 @@ def _warnings(found: Description) -> Sequence[str]:
 def _end_of_text_warnings(
     found: Description, weights: Tensor, tokens: Tensor, sequences: int, tokenizer: Any
 ) -> Sequence[str]:
-    """EOS is the token that training adds and counting forgets."""
+    """EOS is the token that training adds and counting forgets. At weight 1 it is as under plain cross entropy."""
     eos = getattr(tokenizer, "eos_token_id", None)
-    if not isinstance(eos, int) or not 0 <= eos < len(weights) or tokens[eos] > 0:
+    if not isinstance(eos, int) or not 0 <= eos < len(weights) or tokens[eos] > 0 or weights[eos] == 1:
         return []
     name = f"EOS ({_text(tokenizer, eos)!r}, id {eos})"
     if sequences == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from pdl_kernels import files, label_sources
+from pdl_kernels import count_files, label_sources, process_groups
 from pdl_kernels.labels import Integers, Piece, gather_pieces, split_labels
 from pdl_kernels.tokenizers import encoder_of, end_of_text_id, name_of, vocab_size_of
 
-FILE_KIND = "token counts"
 CHECKPOINT_IDS = 20_000_000  # targets between two checkpoints
+FACTS = ("sequences", "rows_read", "tokenizer", "counted")  # attributes that a file holds beside the counts
 
 
 class TokenCounts:
@@ -57,6 +57,7 @@ class TokenCounts:
         self.counts = _zeros(vocab_size)
         self.document_counts = _zeros(vocab_size) if documents else None
         self.sequences = 0
+        self.rows_read = 0  # of a data set or of texts: where an interrupted count goes on
         self.tokenizer = tokenizer
         self.counted: str | None = None
 
@@ -106,7 +107,7 @@ class TokenCounts:
         whole = self.document_counts is not None
         return self._add(gather_pieces(split_labels(labels, shift, whole=whole)), ignore_index)
 
-    def _add(self, pieces: Iterator[Piece], ignore_index: int | None) -> TokenCounts:
+    def _add(self, pieces: Iterator[Piece], ignore_index: int | None, rows: int = 0) -> TokenCounts:
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         document_counts = np.zeros(self.vocab_size, dtype=np.int64)
         sequences = 0
@@ -116,7 +117,7 @@ class TokenCounts:
             if self.document_counts is not None:
                 document_counts += self._count_documents(piece, kept)
             sequences += len(piece.lengths)
-        sums: dict[str, Any] = {"sequences": self.sequences + sequences}
+        sums: dict[str, Any] = {"sequences": self.sequences + sequences, "rows_read": self.rows_read + rows}
         sums["counts"] = torch.from_numpy(self.counts.numpy() + counts)
         if self.document_counts is not None:
             sums["document_counts"] = torch.from_numpy(self.document_counts.numpy() + document_counts)
@@ -185,7 +186,7 @@ class TokenCounts:
         counts.counted = f"column {column!r} of {source}, {_settings(shift, ignore_index)}"
         _check_batch_size(batch_size)
         counts._resume(checkpoint)
-        batches = label_sources.batches(dataset, column, shift, counts.sequences, batch_size)
+        batches = label_sources.batches(dataset, column, shift, counts.rows_read, batch_size)
         counts._add_batches(batches, ignore_index, checkpoint, label_sources.length(dataset), "row", progress)
         return counts
 
@@ -266,7 +267,7 @@ class TokenCounts:
         counts._resume(checkpoint)
 
         def batches() -> Iterator[tuple[int, Iterator[Piece]]]:
-            first = counts.sequences
+            first = counts.rows_read
             for batch in label_sources.batched(itertools.islice(texts, first, None), batch_size):
                 for row, text in enumerate(batch, start=first):
                     if not isinstance(text, str):
@@ -300,11 +301,11 @@ class TokenCounts:
         progress: bool,
     ) -> None:
         since_checkpoint = 0
-        bar = tqdm(desc="counting", unit=unit, total=total, initial=self.sequences, disable=not progress)
+        bar = tqdm(desc="counting", unit=unit, total=total, initial=self.rows_read, disable=not progress)
         try:
             for rows, pieces in batches:
                 before = self.total
-                self._add(pieces, ignore_index)
+                self._add(pieces, ignore_index, rows)
                 bar.update(rows)
                 since_checkpoint += self.total - before
                 if checkpoint is not None and since_checkpoint >= CHECKPOINT_IDS:
@@ -312,7 +313,7 @@ class TokenCounts:
                     since_checkpoint = 0
         finally:  # also after Ctrl-C: what was counted is kept
             bar.close()
-            if checkpoint is not None and self.sequences:  # an error before the first row leaves no file in the way
+            if checkpoint is not None and self.rows_read:  # an error before the first row leaves no file in the way
                 self.save(checkpoint)
 
     # Adding up
@@ -337,6 +338,7 @@ class TokenCounts:
         if self.document_counts is not None and other.document_counts is not None:
             _add_to(self.document_counts, other.document_counts.numpy())
         self.sequences += other.sequences
+        self.rows_read += other.rows_read
         self.tokenizer = self.tokenizer or other.tokenizer
         parts = [part for part in dict.fromkeys((self.counted, other.counted)) if part is not None]
         self.counted = "; ".join(parts) or None
@@ -361,26 +363,22 @@ class TokenCounts:
             RuntimeError: torch.distributed is not initialised.
             ValueError: ranks with different vocabularies, or only some with documents; on every rank.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("all_reduce needs torch.distributed: call torch.distributed.init_process_group first")
-        device = _communication_device(group)
-        shape = torch.tensor([self.vocab_size, int(self.document_counts is not None)], device=device)
-        extremes = torch.cat([shape, -shape])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
-        largest, smallest = extremes[:2].tolist(), (-extremes[2:]).tolist()
-        if largest != smallest:
+        process_groups.require("all_reduce")
+        extremes = process_groups.extremes([self.vocab_size, int(self.document_counts is not None)], group)
+        if any(smallest != largest for smallest, largest in extremes):
+            sizes, documents = extremes
             raise ValueError(
-                f"ranks have vocab_size from {smallest[0]} to {largest[0]} and documents {bool(smallest[1])} or "
-                f"{bool(largest[1])}; accepted is the same on every rank"
+                f"ranks have vocab_size from {sizes[0]} to {sizes[1]} and documents {bool(documents[0])} or "
+                f"{bool(documents[1])}; accepted is the same on every rank"
             )
-        documents = [] if self.document_counts is None else [self.document_counts]
-        everything = torch.cat([self.counts, *documents, torch.tensor([self.sequences])]).to(device)
-        dist.all_reduce(everything, dist.ReduceOp.SUM, group)
-        everything = everything.cpu()
-        self.counts = everything[: self.vocab_size].clone()
-        if documents:
-            self.document_counts = everything[self.vocab_size : -1].clone()
-        self.sequences = int(everything[-1])
+        parts = [self.counts, torch.tensor([self.sequences, self.rows_read])]
+        if self.document_counts is not None:
+            parts.append(self.document_counts)
+        sums = process_groups.sums(parts, group)
+        self.counts = sums[0]
+        self.sequences, self.rows_read = sums[1].tolist()
+        if self.document_counts is not None:
+            self.document_counts = sums[2]
         return self
 
     # Files
@@ -390,45 +388,16 @@ class TokenCounts:
         tensors = {"counts": self.counts}
         if self.document_counts is not None:
             tensors["document_counts"] = self.document_counts
-        facts = {
-            "vocab_size": self.vocab_size,
-            "tokens": self.total,
-            "sequences": self.sequences,
-            "tokenizer": self.tokenizer,
-            "counted": self.counted,
-        }
-        files.save(path, FILE_KIND, tensors, facts)
+        facts = {"vocab_size": self.vocab_size, "tokens": self.total}
+        count_files.save(path, tensors, facts | {name: getattr(self, name) for name in FACTS})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenCounts:
         """Read what `save` wrote. FileNotFoundError; ValueError: damaged, or a file of another kind or version."""
-        tensors, facts = files.load(path, FILE_KIND)
-        problem = _file_problem(tensors, facts)
-        if problem:
-            raise ValueError(f"{os.fspath(path)} is damaged: {problem}")
-        counts = cls(len(tensors["counts"]), documents="document_counts" in tensors, tokenizer=facts["tokenizer"])
-        counts.counts = tensors["counts"]
-        counts.document_counts = tensors.get("document_counts")
-        counts.sequences = facts["sequences"]
-        counts.counted = facts["counted"]
+        tensors, facts = count_files.load(path)
+        counts = cls(facts["vocab_size"], documents="document_counts" in tensors)
+        vars(counts).update(tensors | {name: facts[name] for name in FACTS})
         return counts
-
-
-def _file_problem(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
-    if missing := {"vocab_size", "tokens", "sequences", "tokenizer", "counted"} - facts.keys():
-        return f"it does not say {', '.join(sorted(missing))}"
-    if not isinstance(facts["sequences"], int) or facts["sequences"] < 0:
-        return f"sequences are {facts['sequences']!r}"
-    if "counts" not in tensors:
-        return "it holds no counts"
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.int64 or tensor.shape != (facts["vocab_size"],):
-            return f"{name} are {tensor.dtype} of shape {tuple(tensor.shape)}, not int64 of ({facts['vocab_size']},)"
-        if (tensor < 0).any():
-            return f"{name} are negative"
-    if int(tensors["counts"].sum()) != facts["tokens"]:
-        return f"the counts add up to {int(tensors['counts'].sum())}, and it says {facts['tokens']}"
-    return None
 
 
 # numpy where a worker process counts: torch's threads do not survive a fork.
@@ -458,13 +427,3 @@ def _check_batch_size(batch_size: object) -> None:
 def _settings(shift: bool, ignore_index: int | None) -> str:
     ignored = "" if ignore_index is None else f", ignore_index {ignore_index}"
     return f"{'shifted' if shift else 'not shifted'}{ignored}"
-
-
-def _communication_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where the group's backend takes tensors: nccl and its like only those of the accelerator."""
-    if dist.get_backend(group) in ("gloo", "mpi", "ucc", "undefined"):
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())

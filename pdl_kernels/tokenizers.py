@@ -1,5 +1,6 @@
 """What the package asks of a tokenizer, whichever library it comes from."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +22,23 @@ def encoder_of(tokenizer: Any, add_special_tokens: bool) -> Encode:
     if _is_transformers(tokenizer):
         return lambda texts: tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if _is_tokenizers(tokenizer):
-        return lambda texts: [e.ids for e in tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+        whole = _without_padding_and_truncation(tokenizer)
+        return lambda texts: [e.ids for e in whole.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
     if callable(tokenizer):
         return lambda texts: [tokenizer(text) for text in texts]
     raise TypeError(
         f"tokenizer is a {type(tokenizer).__name__}; accepted are {ACCEPTED}, or a function from a string to ids"
     )
+
+
+def _without_padding_and_truncation(tokenizer: Any) -> Any:
+    """Embedding models' tokenizer.json files switch both on; transformers' tokenizers, when called, leave them off."""
+    if tokenizer.padding is None and tokenizer.truncation is None:
+        return tokenizer
+    whole = copy.deepcopy(tokenizer)  # the caller's stays as it is
+    whole.no_padding()
+    whole.no_truncation()
+    return whole
 
 
 def vocab_size_of(tokenizer: Any) -> int:

@@ -74,6 +74,7 @@ def test_other_programs_can_read_what_is_in_a_file(tmp_path):
         "vocab_size": V,
         "tokens": 6,
         "sequences": 2,
+        "rows_read": 0,
         "tokenizer": "animals",
         "counted": "two lines, not shifted",
     }

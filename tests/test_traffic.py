@@ -98,11 +98,6 @@ CONFIGURATIONS = [
         inplace,
         operation,
         id=f"{backend}-{'in place' if inplace else 'new memory'}-{operation.name}",
-        marks=pytest.mark.xfail(
-            strict=True, reason="the eager backend scales a gradient in place through temporaries of its size"
-        )
-        if (backend, inplace, operation) == ("eager", True, SCALED_TRAINING)
-        else (),
     )
     for backend in ("eager", "triton")
     for inplace in (False, True)

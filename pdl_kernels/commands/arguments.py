@@ -53,13 +53,9 @@ def _tokenizer_from_json(path: Path) -> Any:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
         raise ValueError(f"--tokenizer is {path}, which is no tokenizer.json ({_first_line(error)})") from None
-    # The file may cut and pad, for the model it was saved with; a count is of whole texts and of no padding.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _pretrained(name: str, folder: str, **options: Any) -> Any:

@@ -168,14 +168,19 @@ def adjust(
     From the logits while they are still there: one rounding, and fp16 gradients that need loss scaling do not
     underflow before they are scaled. Otherwise by multiplying.
     """
-    if upstream.device.type == "cpu" and upstream.item() == 1:  # reading it waits for nothing on a CPU
+    on_cpu = upstream.device.type == "cpu"
+    if on_cpu and upstream.item() == 1:  # reading it waits for nothing on a CPU
         return
     if inputs is not None and row_state is not None and scalars is not None:
         backward(inputs, options, row_state, scalars, upstream, gradient)
         return
-    for block in gradient.unbind(0):  # (rows_inner, V) each: no temporary of the gradient's size
-        # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
-        block.copy_(torch.where(block == 0, 0, block * upstream))
+    if on_cpu and upstream.isfinite():
+        gradient.mul_(upstream)
+        return
+    for block in gradient.unbind(0):  # (rows_inner, V) each
+        for piece in block.split(_piece_rows(gradient)):  # no temporary of the gradient's size
+            # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
+            piece.copy_(torch.where(piece == 0, 0, piece * upstream))
 
 
 def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:
