@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test weights bench lint test-triton-3.6 clean
+.PHONY: help demo test weights bench roofline lint test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes)"
 	@echo "make test             run the tests, with or without a GPU"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
+	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
 	@echo "make lint             ruff and mypy, as pre-commit and CI run them"
 	@echo "make test-triton-3.6  compile every kernel with the oldest supported Triton, in a second environment"
 	@echo "make clean            remove environments and caches"
@@ -32,6 +33,10 @@ test:
 bench:
 	scripts/setup.sh test benchmark
 	$(VENV)/bin/python -m benchmarks --quick
+
+roofline:
+	scripts/setup.sh test benchmark
+	$(VENV)/bin/python -m benchmarks.roofline --quick
 
 lint:
 	scripts/setup.sh test training cli dev
