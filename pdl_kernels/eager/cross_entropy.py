@@ -84,46 +84,56 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
     """
     rows = _rows(inputs, options)
     factors = _factors(inputs, options, rows, scalars, upstream=None)
-    row_loss = scalars.new_zeros(inputs.rows)
-    row_state = scalars.new_zeros(2, inputs.rows)
-    row_stats = scalars.new_zeros(2, inputs.rows) if options.return_stats else None
-
-    active = factors.active
-    read = active | rows.counted if options.return_stats else active
+    dtype = scalars.dtype
+    read = factors.active | rows.counted if options.return_stats else factors.active
+    # What a few numbers per row decide is computed for all rows at once: a piece's arithmetic takes as long as some
+    # fifty small operations.
+    x_y = torch.where(read, _target_logits(inputs, rows), 0)  # before a gradient is written over them
+    row_max = x_y.new_zeros(inputs.rows)
+    largest = scalars.new_ones(inputs.rows)  # probability of the row
+    smoothing_sums = scalars.new_zeros(inputs.rows) if options.label_smoothing > 0 else None
     if gradient is not None:
         _zero_rows(gradient, read, inputs)
-    buffers = _Buffers(inputs, options, scalars.dtype)
+    buffers = _Buffers(inputs, options, dtype)
     for piece in _pieces(inputs, read):
         z, p = buffers.fill(piece.logits)  # (R, V) each
-        y = rows.targets[piece.index, None]  # (R, 1)
         # The transform is increasing, so that the raw logits decide which column is largest.
-        row_max = (z if _is_plain(options) else piece.logits).amax(-1).to(scalars.dtype)
-        z_max = _transformed(row_max, options, scalars.dtype)
-        log_sum = -p.amax(-1).log()  # the largest probability is 1 / sum
-        x_y = piece.logits.gather(1, y)[:, 0]
-        # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
-        cross_entropy = (z_max - _transformed(x_y, options, scalars.dtype)) + log_sum
-        lse = z_max + log_sum
-
-        loss = _product(factors.target[piece.index], cross_entropy)
-        if options.label_smoothing > 0:
-            loss += _product(factors.smoothing[piece.index], _smoothing_sum(inputs.weights, z, z_max, log_sum))
-        if options.z_loss > 0:
-            loss += _product(factors.z[piece.index], lse * lse)
-        row_loss[piece.index] = loss
-        row_state[0, piece.index] = row_max
-        row_state[1, piece.index] = log_sum.exp()
-        if row_stats is not None:
-            counted = rows.counted[piece.index]
-            row_stats[0, piece.index] = torch.where(counted, cross_entropy, 0)
-            row_stats[1, piece.index] = (counted & (x_y >= row_max)).to(scalars.dtype)
+        row_max[piece.index] = (z if _is_plain(options) else piece.logits).amax(-1).to(x_y.dtype)
+        largest[piece.index] = p.amax(-1)
+        lse = None
+        if smoothing_sums is not None or options.z_loss > 0:
+            z_max, log_sum = _lse_parts(row_max[piece.index], largest[piece.index], options, dtype)
+            lse = z_max + log_sum
+            if smoothing_sums is not None:
+                smoothing_sums[piece.index] = _smoothing_sum(inputs.weights, z, z_max, log_sum)
         if gradient is not None:
-            piece_factors = _Factors(*(f[piece.index] for f in factors))
-            _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, lse)
+            _write_gradient(gradient, piece, inputs, options, rows, factors, scalars, p, lse)
 
-    if row_stats is not None:
-        row_stats[0] += torch.where(rows.counted & ~rows.is_class, torch.nan, 0.0)  # their targets name no logit
-    return RowOutputs(row_loss, row_state, row_stats)
+    z_max, log_sum = _lse_parts(row_max, largest, options, dtype)
+    # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
+    cross_entropy = (z_max - _transformed(x_y, options, dtype)) + log_sum
+    row_loss = _product(factors.target, cross_entropy)
+    if smoothing_sums is not None:
+        row_loss += _product(factors.smoothing, smoothing_sums)
+    if options.z_loss > 0:
+        row_loss += _product(factors.z, (z_max + log_sum).square())
+    row_stats = None
+    if options.return_stats:
+        hits = rows.counted & (x_y >= row_max)
+        nll = torch.where(rows.counted, torch.where(rows.is_class, cross_entropy, torch.nan), 0)
+        row_stats = torch.stack((nll, hits.to(dtype)))
+    return RowOutputs(row_loss, torch.stack((row_max.to(dtype), 1 / largest)), row_stats)
+
+
+def _target_logits(inputs: LossInputs, rows: _Rows) -> Tensor:
+    """(N,) x[i, y_i]."""
+    logits = inputs.logits
+    return logits.gather(2, rows.targets.view(*logits.shape[:2], 1)).flatten()
+
+
+def _lse_parts(row_max: Tensor, largest: Tensor, options: LossOptions, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(largest z, log sum_j exp(z_j - that)), from the largest x and the largest probability, which is 1 / sum."""
+    return _transformed(row_max, options, dtype).to(dtype), -largest.log()
 
 
 @torch.no_grad()
@@ -146,12 +156,10 @@ def backward(
     active = factors.active
     _zero_rows(gradient, active, inputs)
     buffers = _Buffers(inputs, options, scalars.dtype)
+    lse = _transformed(row_state[0], options, scalars.dtype) + row_state[1].log()
     for piece in _pieces(inputs, active):
         _, p = buffers.fill(piece.logits)
-        z_max = _transformed(row_state[0, piece.index], options, scalars.dtype)
-        lse = z_max + row_state[1, piece.index].log()
-        piece_factors = _Factors(*(f[piece.index] for f in factors))
-        _write_gradient(gradient, piece, inputs, options, rows, piece_factors, scalars, p, lse)
+        _write_gradient(gradient, piece, inputs, options, rows, factors, scalars, p, lse[piece.index])
 
 
 @torch.no_grad()
@@ -362,33 +370,37 @@ def _write_gradient(
     inputs: LossInputs,
     options: LossOptions,
     rows: _Rows,
-    factors: _Factors,  # of the piece's rows
+    factors: _Factors,
     scalars: Tensor,
     p: Tensor,  # (R, V) softmax, overwritten
-    lse: Tensor,  # (R,)
+    lse: Tensor | None,  # (R,), for smoothing or z_loss
 ) -> None:
     """dL/dz_j = (target + spread) p_j - smoothing w_j - [j == y] target, then the derivative of the transform."""
     y = rows.targets[piece.index, None]  # (R, 1)
-    spread = 2 * _product(factors.z, lse)
-    if options.label_smoothing > 0:
-        spread += factors.smoothing * scalars[WEIGHT_TOTAL]
-    p_y = p.gather(1, y)[:, 0]
-    g_y = factors.target * (p_y - 1) + spread * p_y
+    target = factors.target[piece.index, None]  # (R, 1)
+    p_y = p.gather(1, y)  # (R, 1)
+    g_y = (p_y - 1) * target
+    scale = target
+    if lse is not None and (options.label_smoothing > 0 or options.z_loss > 0):
+        spread = 2 * _product(factors.z[piece.index], lse) + factors.smoothing[piece.index] * scalars[WEIGHT_TOTAL]
+        scale = target + spread[:, None]
+        g_y += spread[:, None] * p_y
     # Written once, straight into place, where nothing but the scale is left to apply.
     in_rows = isinstance(piece.index, slice) and gradient.shape[0] == 1
     straight = in_rows and _is_plain(options) and options.label_smoothing == 0 and gradient.dtype == p.dtype
     out = gradient[0, piece.index] if straight else p
-    torch.mul(p, (factors.target + spread)[:, None], out=out)
+    torch.mul(p, scale, out=out)
     if options.label_smoothing > 0:
+        smoothing = factors.smoothing[piece.index, None]  # (R, 1)
         w = p.new_ones(p.shape[-1]) if inputs.weights is None else inputs.weights.to(p.dtype)
-        out -= factors.smoothing[:, None] * w
-        g_y -= factors.smoothing * w[y[:, 0]]
-    out.scatter_(1, y, g_y[:, None].to(out.dtype))
+        out -= smoothing * w
+        g_y -= smoothing * w[y]
+    out.scatter_(1, y, g_y.to(out.dtype))
     if not _is_plain(options):
         out *= _transform_derivative(piece.logits, options, p.dtype)
     # Rows read for the statistics alone may hold nan, which 0 * nan would keep.
     if options.return_stats or gradient.device.type != "cpu":
-        out.masked_fill_(~factors.active[:, None], 0)
+        out.masked_fill_(~factors.active[piece.index, None], 0)
     if not straight:
         _put_rows(gradient, piece.index, out)
 
