@@ -44,7 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--op", help=f"comma-separated, of: {', '.join(OPERATIONS)} (default: all)")
-    parser.add_argument("--shapes", help="comma-separated ROWSxVOCABULARY, such as 1024x32000 (default: real models')")
+    parser.add_argument("--loss", help="comma-separated, of: logits, linear (default: both)")
+    parser.add_argument(
+        "--shapes",
+        help="comma-separated ROWSxVOCABULARY, such as 1024x32000, or ROWSxHIDDENxVOCABULARY for the linear loss "
+        "(default: real models')",
+    )
     parser.add_argument("--dtypes", help=f"comma-separated, of: {', '.join(DTYPES)}")
     parser.add_argument("--peers", help=f"comma-separated, of: {', '.join(peers.PEERS)}; or none (default: all)")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds; never counted for goals")
@@ -109,13 +114,16 @@ def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     dtypes = _chosen(arguments.dtypes, list(DTYPES), "--dtypes") if arguments.dtypes else None
     dtypes = dtypes or shapes.default_dtypes(device, quick=quick)
     left_out: dict[str, str] = {}
-    cases = _cases(arguments.shapes, dtypes, device, quick, left_out)
+    losses = _chosen(arguments.loss, ["logits", "linear"], "--loss")
+    cases = _cases(arguments.shapes, dtypes, losses, device, quick, left_out)
     contenders = _contenders(arguments.peers, device, quick, left_out)
     rounds = arguments.rounds or ROUNDS[device.type][quick]
     seconds = float("inf") if arguments.rounds else SECONDS[device.type][quick]
     # A fresh process per contender and case takes seconds: --quick has time for one shape.
     slow_memory = quick and device.type != "cuda"
-    memory_cases = [case for case in cases if case[:2] == cases[0][:2]] if slow_memory else cases
+    first_shapes = {case.linear: (case.rows, case.vocab_size) for case in reversed(cases)}
+    few = [case for case in cases if (case.rows, case.vocab_size) == first_shapes[case.linear]]
+    memory_cases = few if slow_memory else cases
     plan = Plan(
         device=device,
         operations=[OPERATIONS[name] for name in operations],
@@ -154,12 +162,19 @@ def _chosen(text: str | None, accepted: list[str], option: str) -> list[str]:
 
 
 def _cases(
-    text: str | None, dtypes: list[str], device: torch.device, quick: bool, left_out: dict[str, str]
+    text: str | None,
+    dtypes: list[str],
+    losses: list[str],
+    device: torch.device,
+    quick: bool,
+    left_out: dict[str, str],
 ) -> list[Case]:
     """Shapes that were asked for must fit; default ones that do not are left out."""
     if text is None:
         fitting = []
-        for case in shapes.default_cases(device, dtypes, quick=quick):
+        defaults = shapes.default_cases(device, dtypes, quick=quick) if "logits" in losses else []
+        defaults += shapes.default_linear_cases(device, dtypes, quick=quick) if "linear" in losses else []
+        for case in defaults:
             reason = shapes.misfit(case, device)
             if reason is None:
                 fitting.append(case)
@@ -172,7 +187,9 @@ def _cases(
         asked = shapes.parse_shapes(text)
     except ValueError as error:
         raise InputError(f"--shapes: {error}") from error
-    cases = [Case(rows, vocab_size, dtype) for dtype in dtypes for rows, vocab_size in asked]
+    if unasked := {("logits", "linear")[hidden > 0] for _, _, hidden in asked} - set(losses):
+        raise InputError(f"--shapes has one of the {unasked.pop()} loss, which --loss leaves out")
+    cases = [Case(rows, vocab_size, dtype, hidden) for dtype in dtypes for rows, vocab_size, hidden in asked]
     for case in cases:
         reason = shapes.misfit(case, device)
         if reason is not None:

@@ -45,16 +45,18 @@ class ExpectedPiece(NamedTuple):
 def check(run: Run, operations: list[Operation]) -> dict[str, Verdict]:
     """One verdict per operation, by its name. The first run also compiles whatever needs compilation."""
     inputs = run.inputs
-    before = _fingerprint(inputs.logits)
+    before = [_fingerprint(source) for source in inputs.sources]
     outcomes: dict[str, Outcome] = {}
     for operation in operations:
         outcome = run.prepare(operation)()
-        if run.contender.overwrites and outcome.gradient is not None:
-            outcome = outcome._replace(gradient=outcome.gradient.clone())  # the next run restores the logits there
+        if run.contender.overwrites and outcome.gradients:  # the next run restores the logits there
+            outcome = outcome._replace(gradients=tuple(gradient.clone() for gradient in outcome.gradients))
         outcomes[operation.name] = outcome
-    if _fingerprint(inputs.logits) != before:
-        problem = "it wrote to logits that it was to leave alone"
+    if [_fingerprint(source) for source in inputs.sources] != before:
+        problem = "it wrote to inputs that it was to leave alone"
         return {operation.name: Verdict(0.0, 0.0, problem) for operation in operations}
+    if inputs.case.linear:
+        return _check_linear(run, outcomes, {operation.name: operation.upstream for operation in operations})
 
     expected_loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
     gradient_errors = dict.fromkeys(outcomes, 0.0)
@@ -71,18 +73,56 @@ def check(run: Run, operations: list[Operation]) -> dict[str, Verdict]:
     }
 
 
-def expected(inputs: Inputs, weighted: bool) -> Iterator[ExpectedPiece]:
-    """The reference's loss and gradient for an upstream gradient of 1, a few rows at a time."""
+def _check_linear(run: Run, outcomes: dict[str, Outcome], upstreams: dict[str, float | None]) -> dict[str, Verdict]:
+    """Gradients of hidden states and output layer are sums over many logits, judged by their norms."""
+    inputs = run.inputs
+    tolerance = TOLERANCES[inputs.sources[0].dtype].gradient
+    loss, gradients = expected_linear(inputs, run.contender.weighted)
+    verdicts = {}
+    for name, outcome in outcomes.items():
+        worst = 0.0
+        for got, want in zip(outcome.gradients, gradients if outcome.gradients else (), strict=True):
+            want = want * (upstreams[name] or 0)
+            error = (got.double() - want).norm() / (tolerance * want.norm())
+            worst = max(worst, error.nan_to_num(nan=torch.inf).item())
+        verdicts[name] = _verdict(outcome.loss, loss, worst, inputs)
+    return verdicts
+
+
+def expected_linear(inputs: Inputs, weighted: bool) -> tuple[float, tuple[Tensor, Tensor]]:
+    """The reference's loss, and its gradients of hidden states (rows, H) and output layer (V, H), in float64."""
+    hidden, head = (source.double() for source in inputs.sources)
+    to_hidden, to_head = torch.zeros_like(hidden), torch.zeros_like(head)
+    loss = 0.0
+    rows = _piece_rows(inputs)
+    for start in range(0, inputs.case.rows, rows):
+        piece = slice(start, start + rows)
+        logits = hidden[piece] @ head.T  # (R, V)
+        found = next(expected(inputs._replace(sources=(logits,)), weighted, piece))
+        loss += found.loss.item()
+        to_hidden[piece] = found.gradient @ head
+        to_head.addmm_(found.gradient.T, hidden[piece])
+    return loss, (to_hidden, to_head)
+
+
+def _piece_rows(inputs: Inputs) -> int:
+    return max(1, PIECE_ELEMENTS.get(inputs.device.type, PIECE_ELEMENTS["cpu"]) // inputs.case.vocab_size)
+
+
+def expected(inputs: Inputs, weighted: bool, only: slice | None = None) -> Iterator[ExpectedPiece]:
+    """The reference's loss and gradient for an upstream gradient of 1, a few rows at a time.
+
+    With `only`, the logits are those rows alone, and so is the piece.
+    """
     weights = inputs.weights if weighted else torch.ones_like(inputs.weights)
     counted = inputs.targets != IGNORE_INDEX
     denominator = weights.double()[inputs.targets[counted]].sum()
-    rows, vocab_size = inputs.logits.shape
-    size = max(1, PIECE_ELEMENTS.get(inputs.device.type, PIECE_ELEMENTS["cpu"]) // vocab_size)
+    size = _piece_rows(inputs)
     factors = torch.where(counted, weights.double()[inputs.targets.clamp(min=0)] / denominator, 0)  # (rows,)
     with inputs.device:  # where the reference makes its tensors
-        for start in range(0, rows, size):
-            piece = slice(start, start + size)
-            exact = inputs.logits[piece].double().requires_grad_()  # (R, V)
+        for piece in [only] if only else [slice(start, start + size) for start in range(0, inputs.case.rows, size)]:
+            logits = inputs.logits if only else inputs.logits[piece]
+            exact = logits.detach().double().requires_grad_()  # (R, V)
             loss, _ = reference_cross_entropy(exact, inputs.targets[piece], weights, normalizer=denominator)
             (gradient,) = torch.autograd.grad(loss, exact)
             yield ExpectedPiece(piece, loss.detach(), gradient, factors[piece])
@@ -110,7 +150,7 @@ def _gradient_error(got: Tensor, piece: ExpectedPiece, inputs: Inputs, upstream:
 
 def _verdict(loss: Tensor, expected_loss: float, gradient_error: float, inputs: Inputs) -> Verdict:
     loss_error = abs(loss.double().item() - expected_loss) / max(abs(expected_loss), 1e-30)
-    allowed = TOLERANCES[inputs.logits.dtype].loss
+    allowed = TOLERANCES[inputs.sources[0].dtype].loss
     problems = []
     if not loss_error <= allowed:  # nan is wrong too
         problems.append(f"relative error of the loss {loss_error:.1e}, allowed {allowed:.0e}")
@@ -119,6 +159,6 @@ def _verdict(loss: Tensor, expected_loss: float, gradient_error: float, inputs: 
     return Verdict(loss_error, gradient_error, "; ".join(problems) or None)
 
 
-def _fingerprint(logits: Tensor) -> int:
-    integers = logits.view(torch.int16 if logits.element_size() == 2 else torch.int32)
+def _fingerprint(source: Tensor) -> int:
+    integers = source.view(torch.int16 if source.element_size() == 2 else torch.int32)
     return int(integers.sum(dtype=torch.int64))

@@ -14,6 +14,7 @@ Document = dict[str, Any]
 Records = dict[Key, dict[str, Any]]
 
 GPU_ROWS = 4096  # from here on a GPU is bound by its memory, which the goals are about
+LINEAR_GOAL = (8192, 4096, 128256)  # rows, hidden size, V
 GPU_VOCABULARIES = range(32000, 262144 + 1)
 CPU_LOGITS = 24_000_000  # elements: large enough for memory, not caches or malloc's reuse, to decide
 HALVES = ("bfloat16", "float16")
@@ -162,16 +163,73 @@ def _host(read: Callable[[dict[str, Any]], float]) -> Callable[[Document], list[
     return measure
 
 
-def _nothing(document: Document) -> list[Value]:
-    return []
+def _linear_records(document: Document, ignored: float) -> Records:
+    """Forward + backward of this package's linear loss."""
+    return {
+        key: record
+        for key, record in timed(document).items()
+        if (key.operation, key.contender) == ("forward-backward", "pdl linear") and key.case.ignored == ignored
+    }
+
+
+def _linear_gpu(ignored: float, read: Callable[[dict[str, Any]], float | None]) -> Callable[[Document], list[Value]]:
+    def measure(document: Document) -> list[Value]:
+        if "H200" not in document["environment"]["device"]:
+            return []
+        values = []
+        for key, record in _linear_records(document, ignored).items():
+            number = read(record)
+            if (key.case.rows, key.case.hidden_size, key.case.vocab_size) == LINEAR_GOAL and number is not None:
+                values.append(Value(f"at {key.case}", number))
+        return values
+
+    return measure
+
+
+def _milliseconds(record: dict[str, Any]) -> float:
+    return summary(record).median * 1e3
+
+
+def _extra_gib(record: dict[str, Any]) -> float | None:
+    extra = record["peak_extra_bytes"]
+    return None if extra is None else extra / 2**30
+
+
+def _linear_cpu_against_torch(read: Callable[[dict[str, Any]], float | None]) -> Callable[[Document], list[Value]]:
+    """Our number as a share of that of F.linear + F.cross_entropy(weight=)."""
+
+    def measure(document: Document) -> list[Value]:
+        if document["environment"]["device_type"] != "cpu":
+            return []
+        values = []
+        for key, record in _linear_records(document, 0.0).items():
+            other = timed(document).get(key._replace(contender="torch linear"))
+            ours, theirs = read(record), None if other is None else read(other)
+            if ours is not None and theirs:
+                values.append(Value(f"at {key.case}", ours / theirs))
+        return values
+
+    return measure
+
+
+def _linear_half_ignored(document: Document) -> list[Value]:
+    """Time with half the rows ignored, as a share of the time without."""
+    if document["environment"]["device_type"] != "cpu":
+        return []
+    whole = _linear_records(document, 0.0)
+    return [
+        Value(f"at {key.case}", summary(record).median / summary(whole[all_rows]).median)
+        for key, record in _linear_records(document, 0.5).items()
+        if (all_rows := key._replace(case=key.case._replace(ignored=0.0))) in whole
+    ]
 
 
 _NO_GPU_RUN = "no complete run on an H200 is recorded"
-_NO_LINEAR = "the linear loss does not exist yet"
 _BANDWIDTH: dict[str, Any] = {"unit": "{:.0%}", "why_not": _NO_GPU_RUN}
 _SPEED: dict[str, Any] = {"unit": "{:.2f}x", "why_not": _NO_GPU_RUN}
 _CPU: dict[str, Any] = {"unit": "{:.2f}x"}
 _SHARE: dict[str, Any] = {"at_least": False, "unit": "{:.2f}"}
+_LINEAR_GPU: dict[str, Any] = {"at_least": False, "unit": "{:.1f}", "why_not": _NO_GPU_RUN}
 
 GOALS = (
     Goal("H200, bf16: forward, of the read bandwidth", 0.95, _share_of("read", "forward"), **_BANDWIDTH),
@@ -187,13 +245,17 @@ GOALS = (
     Goal("H200, bf16: times as fast as Liger", 2.0, _against("liger"), **_SPEED),
     Goal("H200, bf16: times as fast as torch.compile", 2.0, _against("torch.compile"), **_SPEED),
     Goal("H200, bf16: not behind QuACK, within noise", 1.0, _not_behind("quack"), **_SPEED),
-    Goal("H200, linear: 8192 x 4096 x 128256 bf16 within 34 ms and 1.2 GiB", 34.0, _nothing, why_not=_NO_LINEAR),
-    Goal("H200, linear: half the tokens ignored within 18 ms", 18.0, _nothing, why_not=_NO_LINEAR),
+    Goal("H200, linear, 8192 x 4096 x 128256 bf16: ms", 34.0, _linear_gpu(0.0, _milliseconds), **_LINEAR_GPU),
+    Goal("H200, linear, the same: extra GiB", 1.2, _linear_gpu(0.0, _extra_gib), **_LINEAR_GPU),
+    Goal("H200, linear, half the tokens ignored: ms", 18.0, _linear_gpu(0.5, _milliseconds), **_LINEAR_GPU),
     Goal("CPU, float32: times as fast as torch", 2.0, _cpu_speed("pdl", "float32"), **_CPU),
     Goal("CPU, 16 bits: times as fast as torch", 1.4, _cpu_speed("pdl", *HALVES), **_CPU),
     Goal("CPU, in place: times as fast as torch", 2.0, _cpu_speed("pdl in place", "float32", *HALVES), **_CPU),
     Goal("CPU: extra memory, of torch's", 0.5, _cpu_memory("pdl"), **_SHARE),
     Goal("CPU, in place: extra memory, of torch's", 0.5, _cpu_memory("pdl in place"), **_SHARE),
+    Goal("CPU, linear: time, of torch's", 1.0, _linear_cpu_against_torch(_milliseconds), **_SHARE),
+    Goal("CPU, linear: extra memory, of torch's", 0.2, _linear_cpu_against_torch(_extra_gib), **_SHARE),
+    Goal("CPU, linear, half the rows ignored: time, of all rows'", 0.6, _linear_half_ignored, **_SHARE),
     Goal(
         "Host: microseconds of Python per forward + backward",
         60.0,
@@ -208,12 +270,12 @@ GOALS = (
 
 def print_goals(judgements: list[Judgement], console: Console) -> None:
     table = Table(pad_edge=False)
-    for column in ("goal", "", "from the newest complete recorded run"):
+    for column in ("goal", "status", "from the newest complete recorded run"):
         table.add_column(column)
     styles = {"met": "green", "missed": "red", "not measured": "yellow"}
     for goal, status, detail in judgements:
         sign = ">=" if goal.at_least else "<="
-        text = goal.text if goal.measure is _nothing else f"{goal.text} {sign} {goal.unit.format(goal.target)}"
+        text = f"{goal.text} {sign} {goal.unit.format(goal.target)}"
         table.add_row(text, f"[{styles[status]}]{status}[/]", detail)
     console.print(table)
     console.print("[dim]Quick and interrupted runs are not counted.[/dim]")

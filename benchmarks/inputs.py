@@ -20,11 +20,22 @@ PIECE_ELEMENTS = 1 << 24  # random numbers made at a time: their float32 copy st
 
 
 class Case(NamedTuple):
-    """One shape: (rows, vocab_size) logits of `dtype`."""
+    """One shape: (rows, vocab_size) logits of `dtype`, given as they are or as a projection of hidden states."""
 
     rows: int
     vocab_size: int
     dtype: str
+    hidden_size: int = 0  # of the hidden states; 0: the logits are the input
+    ignored: float = IGNORED_SHARE
+
+    @property
+    def linear(self) -> bool:
+        return self.hidden_size > 0
+
+    @property
+    def counted(self) -> int:
+        """How many of the targets are not ignored."""
+        return int((~_ignored(self, torch.device("cpu"))).sum())
 
     @property
     def itemsize(self) -> int:
@@ -35,23 +46,27 @@ class Case(NamedTuple):
         return self.rows * self.vocab_size * self.itemsize
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.vocab_size} {self.dtype}"
+        if not self.linear:
+            return f"{self.rows} x {self.vocab_size} {self.dtype}"
+        return f"{self.rows} x {self.hidden_size} x {self.vocab_size} {self.dtype}, {self.ignored:.0%} ignored"
 
 
 class Inputs(NamedTuple):
+    """What a contender gets. `sources` are what it differentiates: the logits, or hidden states and output layer."""
+
     case: Case
-    logits: Tensor  # (rows, V)
+    sources: tuple[Tensor, ...]  # ((rows, V),) or ((rows, H), (V, H))
     targets: Tensor  # (rows,) int64, IGNORE_INDEX where ignored
     weights: Tensor  # (V,) float32
 
     @property
     def device(self) -> torch.device:
-        return self.logits.device
+        return self.targets.device
 
-
-def counted_rows(rows: int) -> int:
-    """How many of `rows` targets are not ignored."""
-    return int((~_ignored(rows, torch.device("cpu"))).sum())
+    @property
+    def logits(self) -> Tensor:
+        (logits,) = self.sources
+        return logits
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
@@ -60,24 +75,45 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     frequencies = (1 / ranks) / (1 / ranks).sum()  # Zipf's law
     targets = torch.multinomial(frequencies, case.rows, replacement=True, generator=generator)
     weights = power_law_weights((frequencies * CORPUS_TOKENS).round(), alpha=0.4, eps=1.0)
+    make = _hidden_and_head if case.linear else _logits
+    sources = make(case, targets, generator)
+    targets[_ignored(case, device)] = IGNORE_INDEX
+    return Inputs(case, sources, targets, weights.to(device=device, dtype=torch.float32))
 
+
+def _logits(case: Case, targets: Tensor, generator: torch.Generator) -> tuple[Tensor]:
+    device = targets.device
     logits = torch.empty(case.rows, case.vocab_size, dtype=DTYPES[case.dtype], device=device)
-    # The log-sum-exp of V normal numbers of deviation d is about log(V) + d**2 / 2.
-    confident_logit = math.log(case.vocab_size) + LOGIT_DEVIATION**2 / 2 + CONFIDENT_MARGIN
     piece_rows = max(1, PIECE_ELEMENTS // case.vocab_size)
     for start in range(0, case.rows, piece_rows):
         piece = logits[start : start + piece_rows]
         numbers = torch.randn(piece.shape, generator=generator, device=device) * LOGIT_DEVIATION
         rows = torch.arange(start, start + piece.shape[0], device=device)
         confident = rows % CONFIDENT_EVERY == 0
-        numbers[confident, targets[rows[confident]]] = confident_logit
+        numbers[confident, targets[rows[confident]]] = _confident_logit(case)
         piece.copy_(numbers)
-
-    targets[_ignored(case.rows, device)] = IGNORE_INDEX
-    return Inputs(case, logits, targets, weights.to(device=device, dtype=torch.float32))
+    return (logits,)
 
 
-def _ignored(rows: int, device: torch.device) -> Tensor:
+def _hidden_and_head(case: Case, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Their product is distributed like the logits of the other cases, confident rows included."""
+    device = targets.device
+    # A dot product of H normal numbers with entries of deviation d / sqrt(H) has deviation d.
+    scale = LOGIT_DEVIATION / case.hidden_size**0.5
+    head = torch.randn(case.vocab_size, case.hidden_size, generator=generator, device=device) * scale
+    hidden = torch.randn(case.rows, case.hidden_size, generator=generator, device=device)
+    confident = torch.arange(case.rows, device=device) % CONFIDENT_EVERY == 0
+    rows = head[targets[confident]]
+    hidden[confident] += rows * (_confident_logit(case) / LOGIT_DEVIATION**2)  # rows @ rows is about d**2
+    return hidden.to(DTYPES[case.dtype]), head.to(DTYPES[case.dtype])
+
+
+def _confident_logit(case: Case) -> float:
+    # The log-sum-exp of V normal numbers of deviation d is about log(V) + d**2 / 2.
+    return math.log(case.vocab_size) + LOGIT_DEVIATION**2 / 2 + CONFIDENT_MARGIN
+
+
+def _ignored(case: Case, device: torch.device) -> Tensor:
     """(rows,) whether the row belongs to a prompt: the beginning of every sequence, so that neighbours share it."""
-    length = min(rows, SEQUENCE_ROWS)
-    return torch.arange(rows, device=device) % length < int(IGNORED_SHARE * length)
+    length = min(case.rows, SEQUENCE_ROWS)
+    return torch.arange(case.rows, device=device) % length < int(case.ignored * length)

@@ -3,7 +3,7 @@
 On a GPU the allocator knows. On a CPU a fresh process runs one contender and reads the peak of its resident set, which
 Linux can reset; elsewhere it is not measured.
 
-    python -m benchmarks.memory CONTENDER ROWS V DTYPE THREADS      what the suite starts
+    python -m benchmarks.memory CONTENDER ROWS V DTYPE H IGNORED THREADS      what the suite starts
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.inputs import Case, make_inputs
-from benchmarks.operations import OPERATIONS, Operation, Run
+from benchmarks.operations import OPERATIONS, Operation, Run, make_run
 from benchmarks.peers import CONTENDERS
 
 RESIDENT_PEAK_RESET = Path("/proc/self/clear_refs")
@@ -51,9 +51,7 @@ def peaks_on_cpu(contender: str, case: Case, threads: int) -> tuple[dict[str, in
 
 
 def _peaks_of_this_process(contender: str, case: Case) -> dict[str, int]:
-    inputs = make_inputs(case, torch.device("cpu"))
-    overwritten = CONTENDERS[contender].overwrites
-    run = Run(CONTENDERS[contender], inputs, torch.empty_like(inputs.logits) if overwritten else None)
+    run = make_run(CONTENDERS[contender], make_inputs(case, torch.device("cpu")))
     peaks = {}
     for operation in OPERATIONS.values():
         run.prepare(operation)()  # compiles, starts threads
@@ -69,9 +67,10 @@ def _peaks_of_this_process(contender: str, case: Case) -> dict[str, int]:
 
 
 def main() -> None:
-    contender, rows, vocab_size, dtype, threads = sys.argv[1:]
+    contender, rows, vocab_size, dtype, hidden_size, ignored, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    print(json.dumps(_peaks_of_this_process(contender, Case(int(rows), int(vocab_size), dtype))))
+    case = Case(int(rows), int(vocab_size), dtype, int(hidden_size), float(ignored))
+    print(json.dumps(_peaks_of_this_process(contender, case)))
 
 
 if __name__ == "__main__":

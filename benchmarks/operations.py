@@ -19,7 +19,6 @@ class Operation(NamedTuple):
         return self.upstream is not None
 
 
-# The linear variant's operations join here once it exists; its inputs are other tensors, its floor is in flops.
 FORWARD = Operation("forward", None)
 TRAINING = Operation("forward-backward", 1.0)
 SCALED_TRAINING = Operation("forward-backward-scaled", 0.25)
@@ -33,7 +32,12 @@ TITLES = {
 
 class Outcome(NamedTuple):
     loss: Tensor  # ()
-    gradient: Tensor | None  # (rows, V)
+    gradients: tuple[Tensor, ...]  # of Inputs.sources; none of a forward alone
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of the logits."""
+        return self.gradients[0] if self.gradients else None
 
 
 class _MadeByAModel(torch.autograd.Function):
@@ -48,8 +52,16 @@ class _MadeByAModel(torch.autograd.Function):
         return upstream, None
 
 
+def make_run(contender: Contender, inputs: Inputs) -> "Run":
+    """The contender with memory of its own to overwrite, where it does."""
+    return Run(contender, inputs, torch.empty_like(inputs.logits) if contender.overwrites else None)
+
+
 class Run:
-    """One contender bound to one case's inputs."""
+    """One contender bound to one case's inputs.
+
+    Logits come from a model, whose gradients flow on; hidden states and output layer are leaves.
+    """
 
     def __init__(self, contender: Contender, inputs: Inputs, scratch: Tensor | None) -> None:
         """`scratch`, (rows, V), takes the logits anew before each run of a contender that overwrites them."""
@@ -61,24 +73,32 @@ class Run:
 
     def prepare(self, operation: Operation) -> Callable[[], Outcome]:
         """Everything that is not timed; calling the result is the operation."""
+        upstream = operation.upstream
+        if self.inputs.case.linear:
+            sources = tuple(source.detach().requires_grad_(upstream is not None) for source in self.inputs.sources)
+        else:
+            sources = (self._logits(upstream is not None),)
+        if upstream is None:
+            return lambda: self._forward(sources)
+        return lambda: self._forward_backward(sources, upstream)
+
+    def _logits(self, requires_grad: bool) -> Tensor:
         logits = self.inputs.logits
         if self.contender.overwrites:
             assert self._scratch is not None, f"{self.contender.name} overwrites its logits"
             logits = self._scratch.copy_(logits)
-        upstream = operation.upstream
-        if upstream is None:
-            return lambda: self._forward(logits)
+        if not requires_grad:
+            return logits
         leaf = torch.zeros((), dtype=logits.dtype, device=logits.device).expand(logits.shape).requires_grad_()
-        made = _MadeByAModel.apply(leaf, logits)
-        return lambda: self._forward_backward(made, upstream)
+        return _MadeByAModel.apply(leaf, logits)
 
-    def _forward(self, logits: Tensor) -> Outcome:
+    def _forward(self, sources: tuple[Tensor, ...]) -> Outcome:
         with torch.no_grad():
-            return Outcome(self._loss(logits), None)
+            return Outcome(self._loss(*sources), ())
 
-    def _forward_backward(self, logits: Tensor, upstream: float) -> Outcome:
-        loss = self._loss(logits)
+    def _forward_backward(self, sources: tuple[Tensor, ...], upstream: float) -> Outcome:
+        loss = self._loss(*sources)
         if upstream not in self._upstream:  # in the first run, which is not timed
             self._upstream[upstream] = torch.full_like(loss, upstream)
-        (gradient,) = torch.autograd.grad(loss, logits, self._upstream[upstream])
-        return Outcome(loss.detach(), gradient)
+        gradients = torch.autograd.grad(loss, sources, self._upstream[upstream])
+        return Outcome(loss.detach(), gradients)

@@ -15,15 +15,17 @@ DTYPE_PREFERENCE = ("bfloat16", "float32", "float16")
 
 
 def write_plots(document: dict[str, Any], path: Path) -> list[Path]:
-    """<stem>-bandwidth.png, -rows.png and -memory.png for the document at `path`; those that have something to show."""
-    samples = timed(document)
-    dtype = next((name for name in DTYPE_PREFERENCE if any(key.case.dtype == name for key in samples)), None)
-    if dtype is None:
-        return []
-    samples = {key: record for key, record in samples.items() if key.case.dtype == dtype}
+    """<stem>-bandwidth.png, -rows.png, -memory.png and -linear.png for the document at `path`, where there is data."""
+    everything = timed(document)
+    linear = {key: record for key, record in everything.items() if key.case.linear}
+    samples = {key: record for key, record in everything.items() if not key.case.linear}
     written = []
-    for name, draw in (("bandwidth", _bandwidth), ("rows", _rows), ("memory", _memory)):
-        figure = draw(samples, document)
+    drawings = (("bandwidth", _bandwidth, samples), ("rows", _rows, samples), ("memory", _memory, samples))
+    for name, draw, shown in (*drawings, ("linear", _linear, linear)):
+        dtype = next((dtype for dtype in DTYPE_PREFERENCE if any(key.case.dtype == dtype for key in shown)), None)
+        if dtype is None:
+            continue
+        figure = draw({key: record for key, record in shown.items() if key.case.dtype == dtype}, document)
         if figure is None:
             continue
         figure.suptitle(f"{document['environment']['device']}, {dtype}, commit {document['environment']['commit']}")
@@ -130,4 +132,35 @@ def _memory(samples: dict[Key, dict[str, Any]], document: dict[str, Any]) -> plt
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_xlabel(f"peak extra memory, in logits of {case.rows} x {case.vocab_size}")
+    return figure
+
+
+def _linear(samples: dict[Key, dict[str, Any]], document: dict[str, Any]) -> plt.Figure | None:
+    """Time and peak extra memory of forward + backward of the linear loss, a group of bars per shape."""
+    chosen = {key: record for key, record in samples.items() if key.operation == "forward-backward"}
+    if not chosen:
+        return None
+    cases = list(dict.fromkeys(key.case for key in chosen))
+    contenders = list(dict.fromkeys(key.contender for key in chosen))
+    figure, axes = _panels(["time, ms", "peak extra memory, MB"])
+    measures = (
+        lambda record: summary(record).median * 1e3,
+        lambda record: None if record["peak_extra_bytes"] is None else record["peak_extra_bytes"] / 1e6,
+    )
+    for axis, measure in zip(axes, measures, strict=True):
+        for number, contender in enumerate(contenders):
+            height = 0.8 / len(contenders)
+            places, values = [], []
+            for position, case in enumerate(cases):
+                record = chosen.get(Key("forward-backward", case, contender))
+                value = None if record is None else measure(record)
+                if value is not None:
+                    places.append(position + number * height)
+                    values.append(value)
+            bars = axis.barh(places, values, height=height * 0.9, label=contender)
+            axis.bar_label(bars, fmt="%.0f", fontsize=7)
+        axis.set_yticks([position + 0.4 for position in range(len(cases))], [str(case) for case in cases], fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+    axes[0].legend(fontsize=7)
     return figure

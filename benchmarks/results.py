@@ -43,7 +43,8 @@ def new_document(environment: dict[str, Any], options: dict[str, Any], left_out:
 
 
 def case_of(record: dict[str, Any]) -> Case:
-    return Case(record["rows"], record["vocab_size"], record["dtype"])
+    case = Case(record["rows"], record["vocab_size"], record["dtype"])
+    return case._replace(hidden_size=record.get("hidden_size", 0), ignored=record.get("ignored", case.ignored))
 
 
 def timed(document: dict[str, Any]) -> dict[Key, dict[str, Any]]:

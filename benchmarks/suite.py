@@ -10,13 +10,13 @@ import torch
 from benchmarks import correctness, memory
 from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.host import measure_host
-from benchmarks.inputs import Case, Inputs, counted_rows, make_inputs
+from benchmarks.inputs import Case, Inputs, make_inputs
 from benchmarks.operations import Operation, Run
 from benchmarks.peers import OURS
 from benchmarks.peers.contender import Contender, first_line
 from benchmarks.peers.pdl import backend_of
 from benchmarks.timing import OUT_OF_MEMORY, Lane, make_stopwatch, time_interleaved
-from benchmarks.traffic import floor_bytes, planned_traffic
+from benchmarks.traffic import floor_bytes, floor_flops, planned_linear_memory, planned_traffic
 
 Record = dict[str, Any]
 
@@ -26,18 +26,25 @@ class Plan:
     device: torch.device
     operations: list[Operation]
     cases: list[Case]
-    contenders: list[Contender]  # the first one runs twice, to bound the noise
+    contenders: list[Contender]  # of each kind the first one runs twice, to bound the noise
     rounds: int
     seconds: float  # for the rounds of one operation of one case, after which fewer must do
     memory_cases: list[Case]
     host: bool  # whether Python's time per call is measured
 
+    def contenders_of(self, case: Case) -> list[Contender]:
+        return [contender for contender in self.contenders if contender.linear == case.linear]
+
     @property
     def steps(self) -> int:
         """Of the progress bar."""
-        per_case = len(self.contenders) + len(self.operations) * (len(self.contenders) + 1) * (self.rounds + 1)
-        on_cpu = 0 if self.device.type == "cuda" else len(self.memory_cases) * len(self.contenders)
-        return len(self.cases) * per_case + on_cpu + 1 + self.host
+        steps = 1 + self.host
+        for case in self.cases:
+            contenders = len(self.contenders_of(case))
+            steps += contenders + len(self.operations) * (contenders + 1) * (self.rounds + 1)
+            if self.device.type != "cuda" and case in self.memory_cases:
+                steps += contenders
+        return steps
 
 
 @dataclass
@@ -78,11 +85,12 @@ def _measure_case(
 ) -> None:
     progress.describe(f"{case}: inputs")
     inputs = make_inputs(case, plan.device)
-    overwritten = any(contender.overwrites for contender in plan.contenders)
+    contenders = plan.contenders_of(case)
+    overwritten = any(contender.overwrites for contender in contenders)
     scratch = torch.empty_like(inputs.logits) if overwritten else None
     fresh: dict[tuple[str, str], Record] = {}  # by operation and contender
     right: list[Run] = []
-    for contender in plan.contenders:
+    for contender in contenders:
         progress.describe(f"{case}: checking {contender.name}")
         for record in _new_records(plan, case, contender):
             fresh[record["operation"], contender.name] = record
@@ -95,7 +103,7 @@ def _measure_case(
         progress.describe(f"{case}: {operation.name}")
         runs = [run for run in right if fresh[operation.name, run.contender.name]["status"] == "pending"]
         lanes = [Lane(run, fresh[operation.name, run.contender.name]["seconds"]) for run in runs]
-        if runs and runs[0].contender is plan.contenders[0]:
+        if runs and runs[0].contender is contenders[0]:
             again = fresh[operation.name, runs[0].contender.name]["again"] = []
             lanes.append(Lane(runs[0], again))
         given_up = time_interleaved(lanes, operation, plan.rounds, plan.seconds, stopwatch, progress.advance)
@@ -120,28 +128,34 @@ def _measure_case(
 
 
 def _new_records(plan: Plan, case: Case, contender: Contender) -> list[Record]:
-    counted = counted_rows(case.rows)
     made = []
     for operation in plan.operations:
-        traffic = None
-        if contender.peer == OURS:
+        planned = planned_extra = None
+        if contender.peer == OURS and case.linear:
+            planned_extra = planned_linear_memory(case, operation)
+        elif contender.peer == OURS:
             backend = backend_of(plan.device.type)
-            traffic = planned_traffic(case, counted, operation, backend=backend, inplace=contender.overwrites)
+            traffic = planned_traffic(case, operation, backend=backend, inplace=contender.overwrites)
+            planned = {**traffic._asdict(), "moved": traffic.moved}
         made.append(
             {
                 "operation": operation.name,
                 "rows": case.rows,
-                "counted_rows": counted,
+                "counted_rows": case.counted,
                 "vocab_size": case.vocab_size,
                 "dtype": case.dtype,
+                "hidden_size": case.hidden_size,
+                "ignored": case.ignored,
                 "contender": contender.name,
                 "weighted": contender.weighted,
                 "overwrites_logits": contender.overwrites,
                 "status": "pending",
                 "problem": None,
                 "seconds": [],
-                "floor_bytes": floor_bytes(case, counted, operation),
-                "planned_bytes": None if traffic is None else {**traffic._asdict(), "moved": traffic.moved},
+                "floor_bytes": 0 if case.linear else floor_bytes(case, operation),
+                "floor_flops": floor_flops(case, operation),
+                "planned_bytes": planned,
+                "planned_extra_bytes": planned_extra,
                 "peak_extra_bytes": None,
             }
         )

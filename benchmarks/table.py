@@ -51,7 +51,9 @@ def _case_table(document: dict[str, Any], case: Case) -> Table:
     samples = timed(document)
     table = Table(title=f"{case}, logits {case.logits_bytes / 1e6:.0f} MB", title_justify="left")
     table.add_column("contender", min_width=24)
-    columns = ("ms", "p20", "p80", "GB/s", "of copy", "x torch", "extra MB", "moves MB", "floor MB")
+    columns = ["ms", "p20", "p80", "GB/s", "of copy", "x torch", "extra MB", "moves MB", "floor MB"]
+    if case.linear:
+        columns = ["ms", "p20", "p80", "GFLOP/s", "x torch", "extra MB", "plan MB"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     records = [record for record in document["records"] if case_of(record) == case]
@@ -60,7 +62,7 @@ def _case_table(document: dict[str, Any], case: Case) -> Table:
         title = TITLES.get(operation, operation) + (f", noise {bound:.0%}" if bound is not None else "")
         table.add_section()
         table.add_row(f"[italic]{title}[/italic]")
-        torch_record = samples.get(Key(operation, case, "torch"))
+        torch_record = samples.get(Key(operation, case, "torch linear" if case.linear else "torch"))
         for record in records:
             if record["operation"] == operation:
                 table.add_row(*_row(record, torch_record, document["bandwidth"]))
@@ -73,9 +75,19 @@ def _row(record: dict[str, Any], torch_record: dict[str, Any] | None, bandwidth:
         style = "red" if record["status"] == "wrong" else "yellow"
         return [name, f"[{style}]{record['status']}[/{style}]"]
     times = summary(record)
-    rate = record["floor_bytes"] / times.median  # bytes that had to be moved, per second
     ratio = "" if torch_record is None else f"{summary(torch_record).median / times.median:.2f}x"
     extra, planned = record["peak_extra_bytes"], record.get("planned_bytes")
+    if case_of(record).linear:
+        planned = record.get("planned_extra_bytes")
+        return [
+            name,
+            *(_milliseconds(seconds) for seconds in times),
+            f"{record['floor_flops'] / times.median / 1e9:.0f}",
+            ratio,
+            "" if extra is None else f"{extra / 1e6:.1f}",
+            "" if planned is None else f"{planned / 1e6:.1f}",
+        ]
+    rate = record["floor_bytes"] / times.median  # bytes that had to be moved, per second
     return [
         name,
         *(_milliseconds(seconds) for seconds in times),

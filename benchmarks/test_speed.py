@@ -15,7 +15,7 @@ import torch
 from benchmarks import peers
 from benchmarks.correctness import check
 from benchmarks.inputs import Case, Inputs, make_inputs
-from benchmarks.operations import OPERATIONS, Run
+from benchmarks.operations import OPERATIONS, Run, make_run
 from benchmarks.shapes import default_cases, default_dtypes, misfit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,8 +30,7 @@ def inputs_of(case: Case) -> Inputs:
 
 @functools.lru_cache(maxsize=1)
 def checked_run(case: Case, name: str) -> tuple[Run, dict]:
-    inputs, contender = inputs_of(case), peers.CONTENDERS[name]
-    run = Run(contender, inputs, torch.empty_like(inputs.logits) if contender.overwrites else None)
+    run = make_run(peers.CONTENDERS[name], inputs_of(case))
     return run, check(run, list(OPERATIONS.values()))
 
 
@@ -39,7 +38,10 @@ def checked_run(case: Case, name: str) -> tuple[Run, dict]:
 @pytest.mark.parametrize("name", peers.CONTENDERS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_speed(benchmark, case, name, operation):
-    reason = peers.CONTENDERS[name].problem(DEVICE) or misfit(case, DEVICE)
+    contender = peers.CONTENDERS[name]
+    if contender.linear != case.linear:
+        pytest.skip("takes other inputs")
+    reason = contender.problem(DEVICE) or misfit(case, DEVICE)
     if reason:
         pytest.skip(f"{name}: {reason}")
     run, verdicts = checked_run(case, name)

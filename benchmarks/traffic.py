@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.inputs import Case
 from benchmarks.operations import Operation
+from pdl_kernels.ops.linear_chunks import plan_chunk
 
 # What a row costs besides its logits: its target (8) and weight (4), read for the denominators and again by the row
 # kernel; its loss (4) and row state (8) written; its loss read to be summed.
@@ -44,18 +45,39 @@ class Traffic(NamedTuple):
         return self.read + self.written
 
 
-def floor_bytes(case: Case, counted: int, operation: Operation) -> int:
+def floor_bytes(case: Case, operation: Operation) -> int:
     """What no version avoids: every counted logit read once, every gradient written once."""
-    read = counted * case.vocab_size * case.itemsize
+    read = case.counted * case.vocab_size * case.itemsize
     return read + case.logits_bytes if operation.has_backward else read
 
 
-def planned_traffic(case: Case, counted: int, operation: Operation, *, backend: str, inplace: bool) -> Traffic:
+def floor_flops(case: Case, operation: Operation) -> int:
+    """Of a linear case: one product of the counted rows forward, two more backward."""
+    products = 3 if operation.has_backward else 1
+    return products * 2 * case.counted * case.hidden_size * case.vocab_size if case.linear else 0
+
+
+def planned_linear_memory(case: Case, operation: Operation) -> int:
+    """Peak extra bytes by the plan of `pdl_kernels.ops.linear_chunks`, per-row numbers left out.
+
+    A chunk of logits; where rows are ignored a copy of the others' hidden states; the gradients, which wait in float32
+    and are rounded into the parameters' dtype.
+    """
+    chunk = plan_chunk(case.counted, case.hidden_size, case.vocab_size, case.itemsize) * case.vocab_size * case.itemsize
+    packed = case.counted * case.hidden_size * case.itemsize if case.counted < case.rows else 0
+    if not operation.has_backward:
+        return chunk + packed
+    elements = (case.counted + case.vocab_size) * case.hidden_size
+    rounded = 0 if case.dtype == "float32" else case.vocab_size * case.hidden_size * case.itemsize
+    return max(chunk + packed + 4 * elements, 4 * elements + rounded + case.rows * case.hidden_size * case.itemsize)
+
+
+def planned_traffic(case: Case, operation: Operation, *, backend: str, inplace: bool) -> Traffic:
     """The plan of `pdl_kernels.ops.cross_entropy`: the gradient is formed in forward, for an upstream gradient of 1.
 
     Another upstream gradient forms it again, from the logits; or, in place, where the logits are gone, multiplies it.
     """
-    counted_bytes = counted * case.vocab_size * case.itemsize
+    counted_bytes = case.counted * case.vocab_size * case.itemsize
     read = counted_bytes + case.rows * ROW_BYTES_READ
     written = case.rows * ROW_BYTES_WRITTEN
     # The kernels walk a row once for its sum and once for its gradient. The eager backend keeps a piece's softmax

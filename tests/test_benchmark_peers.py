@@ -11,10 +11,11 @@ import torch
 from benchmarks import peers
 from benchmarks.correctness import check
 from benchmarks.inputs import Case, make_inputs
-from benchmarks.operations import OPERATIONS, Run
+from benchmarks.operations import OPERATIONS, make_run
 
 CASE = Case(16, 307, "float32")
-INTERPRETED = ("liger", "fla", "fla in place")
+LINEAR_CASE = Case(16, 307, "float32", hidden_size=24)
+INTERPRETED = ("liger", "liger linear", "fla", "fla in place")
 CPU = torch.device("cpu")
 
 
@@ -36,10 +37,9 @@ def _floats_as_compiled(monkeypatch):
 
 
 def checked(name, case=CASE):
-    inputs = make_inputs(case, CPU)
     contender = peers.CONTENDERS[name]
-    run = Run(contender, inputs, torch.empty_like(inputs.logits) if contender.overwrites else None)
-    return check(run, list(OPERATIONS.values()))
+    inputs = make_inputs(LINEAR_CASE._replace(dtype=case.dtype) if contender.linear else case, CPU)
+    return check(make_run(contender, inputs), list(OPERATIONS.values()))
 
 
 def assert_right(verdicts):
@@ -57,7 +57,7 @@ def test_interpreted_peers_are_called_right(name):
     assert_right(checked(name))
 
 
-@pytest.mark.parametrize("name", ["pdl", "pdl in place", "torch"])
+@pytest.mark.parametrize("name", ["pdl", "pdl in place", "pdl linear", "torch", "torch linear", "torch chunked"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cpu_contenders_are_called_right(name, dtype):
     assert_right(checked(name, CASE._replace(dtype=dtype)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from traffic_counters import Allocations, KernelAccesses, Span, kernel_accesses
 
-from benchmarks.inputs import Case, counted_rows, make_inputs
+from benchmarks.inputs import Case, make_inputs
 from benchmarks.operations import FORWARD, OPERATIONS, SCALED_TRAINING, TRAINING, Run
 from benchmarks.peers.contender import Contender
 from benchmarks.traffic import floor_bytes, planned_traffic
@@ -50,7 +50,7 @@ class Counted:
                 outcome = call()
         self.logits = scratch if inplace else inputs.logits
         self.gradient = outcome.gradient
-        self.plan = planned_traffic(case, counted_rows(case.rows), operation, backend=backend, inplace=inplace)
+        self.plan = planned_traffic(case, operation, backend=backend, inplace=inplace)
 
     @property
     def large(self):
@@ -62,7 +62,7 @@ class Counted:
             elements = KernelAccesses.within(self.kernels.loads, Span.of(self.logits)) / self.case.itemsize
         else:
             elements = self.allocations.read.get(self.logits.untyped_storage().data_ptr(), 0)
-        return elements / (counted_rows(self.case.rows) * self.case.vocab_size)
+        return elements / (self.case.counted * self.case.vocab_size)
 
     def gradient_writes(self):
         """Average over all elements."""
@@ -82,7 +82,7 @@ def assert_buffers(counted):
 
 
 def assert_accesses(counted):
-    ignored = 1 - counted_rows(counted.case.rows) / counted.case.rows
+    ignored = 1 - counted.case.counted / counted.case.rows
     reads, writes = counted.logit_reads(), counted.gradient_writes()
     planned = counted.plan
     # Reads of a gradient in place take in its ignored rows, which are zero; eager writes leave out rows set to zero.
@@ -141,7 +141,7 @@ def test_rows_cost_what_the_plan_says(monkeypatch):
 
 
 def floor(case, operation):
-    return floor_bytes(case, counted_rows(case.rows), operation)
+    return floor_bytes(case, operation)
 
 
 def test_the_plan_meets_its_floor():
@@ -151,7 +151,7 @@ def test_the_plan_meets_its_floor():
     for backend in ("eager", "triton"):
         for inplace in (False, True):
             plans = {
-                operation: planned_traffic(case, counted_rows(case.rows), operation, backend=backend, inplace=inplace)
+                operation: planned_traffic(case, operation, backend=backend, inplace=inplace)
                 for operation in OPERATIONS.values()
             }
             for operation in (FORWARD, TRAINING):

@@ -7,11 +7,21 @@ from collections.abc import Collection
 
 import torch
 
-from benchmarks.peers import fla, flash_attention, liger, pdl, quack, torch_compile, torch_eager, unsloth
+from benchmarks.peers import (
+    cut_cross_entropy,
+    fla,
+    flash_attention,
+    liger,
+    pdl,
+    quack,
+    torch_compile,
+    torch_eager,
+    unsloth,
+)
 from benchmarks.peers.contender import Contender
 
 # Ours first: the first contender is the one that runs twice, to bound the noise. Unsloth last: see there.
-_MODULES = (pdl, torch_eager, torch_compile, liger, quack, flash_attention, fla, unsloth)
+_MODULES = (pdl, torch_eager, torch_compile, liger, quack, cut_cross_entropy, flash_attention, fla, unsloth)
 CONTENDERS: dict[str, Contender] = {contender.name: contender for module in _MODULES for contender in module.CONTENDERS}
 OURS = "pdl"
 PEERS = tuple(dict.fromkeys(contender.peer for contender in CONTENDERS.values() if contender.peer != OURS))

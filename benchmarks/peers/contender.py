@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.inputs import IGNORE_INDEX, Inputs
 
-Loss = Callable[[Tensor], Tensor]  # (rows, V) logits -> the mean loss, ()
+Loss = Callable[..., Tensor]  # (rows, V) logits, or (rows, H) hidden states and (V, H) head -> the mean loss, ()
 
 
 def runs_anywhere(device: torch.device) -> str | None:
@@ -30,6 +30,7 @@ class Contender:
         problem: why it cannot run on a device, or None. It may import the peer.
         packages: distributions whose versions are recorded.
         compiles_per_shape: seconds of compilation for each shape, so that --quick leaves it out.
+        linear: it takes hidden states and the output layer instead of logits.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contender:
     problem: Callable[[torch.device], str | None] = field(default=runs_anywhere)
     packages: tuple[str, ...] = ()
     compiles_per_shape: bool = False
+    linear: bool = False
 
 
 def gpu_only(module: str) -> Callable[[torch.device], str | None]:

@@ -14,6 +14,15 @@ def build(inputs: Inputs) -> Loss:
     )
 
 
+def build_linear(inputs: Inputs) -> Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda hidden, head: liger_fused_linear_cross_entropy(
+        hidden, head, inputs.targets, ce_weight=inputs.weights, ignore_index=IGNORE_INDEX, reduction="mean"
+    )
+
+
 CONTENDERS = (
     Contender("liger", "liger", build, overwrites=True, problem=gpu_only(MODULE), packages=("liger-kernel",)),
+    Contender("liger linear", "liger", build_linear, linear=True, problem=gpu_only(MODULE), packages=("liger-kernel",)),
 )

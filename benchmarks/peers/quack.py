@@ -1,4 +1,7 @@
-"""QuACK: CuTe kernels with class weights; its public loss forms the gradient in backward, from a second read."""
+"""QuACK: CuTe kernels with class weights; its public loss forms the gradient in backward, from a second read.
+
+Its linear loss takes no class weights.
+"""
 
 import torch
 
@@ -27,6 +30,12 @@ def build(inputs: Inputs, inplace: bool = False) -> Loss:
     )
 
 
+def build_linear(inputs: Inputs) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden, head: chunked_linear_cross_entropy(hidden, head, inputs.targets, ignore_index=IGNORE_INDEX)
+
+
 CONTENDERS = (
     Contender("quack", "quack", build, problem=problem, packages=("quack-kernels",)),
     Contender(
@@ -35,6 +44,15 @@ CONTENDERS = (
         lambda inputs: build(inputs, inplace=True),
         overwrites=True,
         problem=problem,
+        packages=("quack-kernels",),
+    ),
+    Contender(
+        "quack linear",
+        "quack",
+        build_linear,
+        weighted=False,
+        linear=True,
+        problem=lambda device: problem(device) or gpu_only("quack.linear_cross_entropy")(device),
         packages=("quack-kernels",),
     ),
 )

@@ -18,7 +18,7 @@ def _problem(device: torch.device) -> str | None:
 def build(inputs: Inputs) -> Loss:
     # Otherwise the shapes of earlier cases count towards the limit of recompilations, past which it runs uncompiled.
     torch.compiler.reset()
-    weights = inputs.weights.to(inputs.logits.dtype)
+    weights = inputs.weights.to(inputs.sources[0].dtype)
     targets = inputs.targets
 
     @torch.compile(dynamic=False, fullgraph=True)
