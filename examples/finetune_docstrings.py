@@ -50,7 +50,7 @@ from smollm2 import MODEL_NAME, SplitModel, find_model_file, load_pretrained, sp
 from torch import Tensor
 
 import pdl_kernels
-from pdl_kernels import PowerLawWeighting, TokenCounts, describe, pdl_cross_entropy
+from pdl_kernels import PowerLawWeighting, TokenCounts, describe, pdl_cross_entropy, pdl_linear_cross_entropy
 
 UNTOUCHED, CROSS_ENTROPY, PDL = "untouched", "cross entropy", "PDL"
 
@@ -120,10 +120,14 @@ def train(
     *,
     name: str,
     backend: str,
+    fused: bool,
     learning_rate: float,
     device: torch.device,
 ) -> list[dict[str, float]]:
-    """Train in place; returns loss, unweighted NLL and accuracy of every step."""
+    """Train in place; returns loss, unweighted NLL and accuracy of every step.
+
+    With `fused` the logits of a batch never exist; the numbers are the same up to rounding.
+    """
     from tqdm import tqdm
 
     steps = len(batches)
@@ -134,14 +138,13 @@ def train(
     for rows in progress:
         # The table has a mean of 1 over the training part, so "token_mean" keeps one scale from step to step; "mean"
         # would divide by the batch's own weights and so favour batches of frequent tokens.
-        loss, stats = pdl_cross_entropy(
-            model.logits(hidden[rows].to(device)),  # (B, L, V)
-            targets[rows].to(device),  # (B, L)
-            weights,
-            reduction="token_mean",
-            return_stats=True,
-            backend=backend,
-        )
+        states = hidden[rows].to(device)  # (B, L, H)
+        labels = targets[rows].to(device)  # (B, L)
+        options = {"reduction": "token_mean", "return_stats": True, "backend": backend}
+        if fused:
+            loss, stats = pdl_linear_cross_entropy(model.states(states), model.output_layer, labels, weights, **options)
+        else:
+            loss, stats = pdl_cross_entropy(model.logits(states), labels, weights, **options)  # of (B, L, V)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.trained, 1.0)
@@ -209,6 +212,7 @@ def train_and_evaluate(
                 table.to(device),
                 name=name,
                 backend=backend,
+                fused=options.loss == "linear",
                 learning_rate=options.learning_rate,
                 device=device,
             )

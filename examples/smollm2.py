@@ -24,9 +24,18 @@ class SplitModel:
     """The frozen lower layers, and the part on top of them of which some parameters are trained."""
 
     encode: Callable[[Tensor], Tensor]  # ids (B, L) -> hidden states (B, L, H)
-    logits: Callable[[Tensor], Tensor]  # hidden states (B, L, H) -> logits (B, L, V)
-    vocabulary: int  # V, the width of the logits
+    states: Callable[[Tensor], Tensor]  # hidden states (B, L, H) -> those that the output layer sees
+    output_layer: Tensor  # (V, H), frozen
     trained: list[nn.Parameter]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, L, H) -> (B, L, V)."""
+        return nn.functional.linear(self.states(hidden), self.output_layer)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the width of the logits."""
+        return len(self.output_layer)
 
 
 def find_model_file() -> Path:
@@ -83,7 +92,7 @@ def split_model(model: Any, trained_layers: int, device: torch.device) -> SplitM
     lower.to(device)
     return SplitModel(
         encode=lambda ids: lower(input_ids=ids, use_cache=False).last_hidden_state,
-        logits=lambda hidden: upper(inputs_embeds=hidden, use_cache=False).logits,
-        vocabulary=upper.lm_head.out_features,
+        states=lambda hidden: upper.model(inputs_embeds=hidden, use_cache=False).last_hidden_state,
+        output_layer=upper.lm_head.weight,
         trained=trained,
     )

@@ -201,15 +201,15 @@ class TestSequences:
 class TestTraining:
     VOCABULARY = 12
 
-    def run_both(self, weights):
+    def run_both(self, weights, loss="logits"):
         pytest.importorskip("tqdm", reason="the progress bars need tqdm")
         torch.manual_seed(0)
         embedding = nn.Embedding(self.VOCABULARY, 8).requires_grad_(False)
-        head = nn.Linear(8, self.VOCABULARY)
-        model = program.SplitModel(embedding, head, self.VOCABULARY, list(head.parameters()))
+        upper = nn.Linear(8, 8)
+        model = program.SplitModel(embedding, upper, torch.randn(self.VOCABULARY, 8), list(upper.parameters()))
         tokens = torch.randint(0, self.VOCABULARY, (10, 7))
         sequences = program.Sequences(tokens[:, :-1], tokens[:, 1:])
-        options = SimpleNamespace(steps=6, batch_size=2, seed=0, learning_rate=0.1)
+        options = SimpleNamespace(steps=6, batch_size=2, seed=0, learning_rate=0.1, loss=loss)
         return program.train_and_evaluate(
             model,
             sequences,
@@ -237,6 +237,14 @@ class TestTraining:
         pdl, cross_entropy = histories[program.PDL][0], histories[program.CROSS_ENTROPY][0]
         assert pdl["nll"] == cross_entropy["nll"] == pytest.approx(cross_entropy["loss"], rel=1e-5)
         assert abs(pdl["loss"] - pdl["nll"]) > 0.1
+
+    def test_the_fused_loss_trains_with_the_same_numbers(self):
+        weights = torch.rand(self.VOCABULARY) + 0.5
+        _, expected = self.run_both(weights)
+        _, fused = self.run_both(weights, loss="linear")
+        for name, steps in expected.items():
+            for step, fused_step in zip(steps, fused[name], strict=True):
+                assert fused_step == pytest.approx(step, rel=1e-4)
 
 
 class TestExitStatus:
