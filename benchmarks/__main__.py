@@ -55,6 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds; never counted for goals")
     parser.add_argument("--rounds", type=int, help="samples per contender, however long they take")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
+    parser.add_argument(
+        "--pages",
+        choices=("fresh", "kept"),
+        default="fresh",
+        help="on a CPU: whether malloc gives free pages back before every sample (default), or may keep them, which "
+        "makes large temporaries cheap",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--goals", action="store_true", help="judge the goals from recorded results, measure nothing")
@@ -132,9 +139,10 @@ def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
         rounds=rounds,
         seconds=seconds,
         memory_cases=memory_cases,
+        fresh_pages=arguments.pages == "fresh",
         host=not quick,
     )
-    options = {"quick": quick, "rounds": rounds, "operations": operations, "cases": cases}
+    options = {"quick": quick, "rounds": rounds, "operations": operations, "cases": cases, "pages": arguments.pages}
     document = results.new_document(environment.describe(device, contenders), options, left_out)
     return plan, document
 

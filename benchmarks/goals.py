@@ -51,7 +51,13 @@ class Judgement(NamedTuple):
 
 def judge(documents: list[tuple[Path, Document]]) -> list[Judgement]:
     """Each goal by the newest complete run that measured it; `documents` are in the order of their dates."""
-    complete = [entry for entry in documents if entry[1]["complete"] and not entry[1]["options"].get("quick")]
+    complete = [
+        (path, document)
+        for path, document in documents
+        if document["complete"]
+        and not document["options"].get("quick")
+        and document["options"].get("pages", "fresh") == "fresh"
+    ]
     return [_judge(goal, complete) for goal in GOALS]
 
 

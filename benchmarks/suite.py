@@ -30,6 +30,7 @@ class Plan:
     rounds: int
     seconds: float  # for the rounds of one operation of one case, after which fewer must do
     memory_cases: list[Case]
+    fresh_pages: bool  # see make_stopwatch
     host: bool  # whether Python's time per call is measured
 
     def contenders_of(self, case: Case) -> list[Contender]:
@@ -57,7 +58,7 @@ class Progress:
 
 def run_suite(plan: Plan, document: dict[str, Any], save: Callable[[], None], progress: Progress) -> None:
     """Fill `document`, saving after every case. KeyboardInterrupt passes through; what was measured stays."""
-    stopwatch = make_stopwatch(plan.device)
+    stopwatch = make_stopwatch(plan.device, fresh_pages=plan.fresh_pages)
     progress.describe("bandwidth")
     document["bandwidth"] = measure_bandwidth(plan.device, stopwatch)
     progress.advance(1)

@@ -1,6 +1,8 @@
 """Interleaved timing: A B C A B C ..., every sample kept. Preparation (restoring logits) stays outside the clock."""
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,9 +37,24 @@ class Lane(NamedTuple):
     seconds: list[float]
 
 
-def make_stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """A function that runs its argument once and returns the seconds it took."""
-    return _GPUStopwatch(device) if device.type == "cuda" else _cpu_seconds
+def make_stopwatch(device: torch.device, *, fresh_pages: bool = True) -> Callable[[Callable[[], object]], float]:
+    """A function that runs its argument once and returns the seconds it took.
+
+    Args:
+        fresh_pages: on a CPU with glibc, give the pages that malloc keeps back to the system before every sample, so
+            that large new memory costs the same whatever the process did before. Otherwise contenders may be handed
+            pages that others left, as under allocators that keep them.
+    """
+    if device.type == "cuda":
+        return _GPUStopwatch(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if fresh_pages and sys.platform == "linux" else None
+
+    def seconds(call: Callable[[], object]) -> float:
+        if trim is not None:
+            trim(0)
+        return _cpu_seconds(call)
+
+    return seconds
 
 
 def time_interleaved(
