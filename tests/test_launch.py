@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from pdl_kernels.kernels import launch
+from pdl_kernels.kernels import launch, planner
 from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
 from pdl_kernels.options import LossOptions
 
@@ -17,7 +17,7 @@ SMS = 132
     [(1, 2, 1), (1000, 2, 1), (2048, 2, 2), (32000, 2, 8), (50257, 2, 16), (128256, 2, 32), (262144, 2, 32)],
 )
 def test_two_passes_keep_few_rows_in_flight(vocab_size, itemsize, warps):
-    plan = launch.plan_rows(4096, vocab_size, itemsize, SMS, two_passes=True)
+    plan = planner.plan_rows(4096, vocab_size, itemsize, SMS, two_passes=True)
     assert (plan.warps, plan.lanes, plan.slices) == (warps, warps * 32, 1)
     rows_in_flight = SMS * max(1, 32 // plan.warps)
     if vocab_size <= 151936:
@@ -25,14 +25,14 @@ def test_two_passes_keep_few_rows_in_flight(vocab_size, itemsize, warps):
 
 
 def test_forward_alone_needs_no_second_read():
-    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=False).warps == 8
+    assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=False).warps == 8
 
 
 def test_large_programs_name_their_registers():
-    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=True).registers == 64
-    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=True, smoothing=True).registers == 128
-    assert launch.plan_rows(4096, 128256, 2, SMS, two_passes=False).registers is None
-    assert launch.row_compile_options(launch.plan_rows(4096, 128256, 2, SMS, two_passes=True), False) == {
+    assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=True).registers == 64
+    assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=True, smoothing=True).registers == 128
+    assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=False).registers is None
+    assert launch.row_compile_options(planner.plan_rows(4096, 128256, 2, SMS, two_passes=True), False) == {
         "num_warps": 32,
         "enable_fp_fusion": True,
     }
@@ -40,7 +40,7 @@ def test_large_programs_name_their_registers():
 
 def test_a_load_per_column_takes_half_the_threads():
     """64 registers a thread, as with 1024 threads, would spill: benchmarks.roofline shows it."""
-    plan = launch.plan_rows(4096, 128256, 2, SMS, two_passes=True, vectors=False)
+    plan = planner.plan_rows(4096, 128256, 2, SMS, two_passes=True, vectors=False)
     assert (plan.lanes, plan.unroll, plan.registers) == (512, 4, 128)
 
 
@@ -59,18 +59,18 @@ def test_vectors_need_aligned_logits_and_an_aligned_gradient():
 def test_programs_stay_within_the_device():
     for warp_size in (32, 64):
         for smoothing in (False, True):
-            plan = launch.plan_rows(4096, 262144, 4, SMS, two_passes=True, smoothing=smoothing, warp_size=warp_size)
+            plan = planner.plan_rows(4096, 262144, 4, SMS, two_passes=True, smoothing=smoothing, warp_size=warp_size)
             assert plan.lanes == plan.warps * warp_size <= (512 if smoothing else 1024)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 100, 263, 264, 10000])
 @pytest.mark.parametrize("vocab_size", [1, 127, 32000, 131077, 262144])
 def test_slices_cover_every_column(rows, vocab_size):
-    plan = launch.plan_rows(rows, vocab_size, 2, SMS, two_passes=False)
+    plan = planner.plan_rows(rows, vocab_size, 2, SMS, two_passes=False)
     tile = plan.lanes * plan.unroll * 8
     assert plan.slices * plan.slice_tiles * tile >= vocab_size
     assert (plan.slices - 1) * plan.slice_tiles * tile < vocab_size, "an empty slice"
-    assert plan.slices <= launch.MAX_SLICES
+    assert plan.slices <= planner.MAX_SLICES
     if rows >= 2 * SMS:
         assert plan.slices == 1
     if rows == 1 and vocab_size == 262144:
@@ -78,11 +78,11 @@ def test_slices_cover_every_column(rows, vocab_size):
 
 
 def test_smoothing_is_not_sliced():
-    assert launch.plan_rows(1, 262144, 2, SMS, two_passes=True, smoothing=True).slices == 1
+    assert planner.plan_rows(1, 262144, 2, SMS, two_passes=True, smoothing=True).slices == 1
 
 
 def variant(logits, gradient=None):
-    plan = launch.plan_rows(4096, logits.shape[-1], logits.element_size(), SMS, two_passes=True)
+    plan = planner.plan_rows(4096, logits.shape[-1], logits.element_size(), SMS, two_passes=True)
     return launch.make_variant(logits, LossOptions(), gradient, plan)
 
 

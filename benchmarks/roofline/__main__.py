@@ -24,9 +24,9 @@ from benchmarks.roofline.compile import compiled_launches
 from benchmarks.roofline.machine import MachineCodeError
 from benchmarks.roofline.measure import measured
 from benchmarks.roofline.report import as_json, print_tables, write_json
-from pdl_kernels.kernels import cross_entropy as kernels
+from benchmarks.roofline.walks import KERNEL_WALKS
 
-KERNELS = sorted(name.removesuffix("_kernel") for name in dir(kernels) if name.endswith("_kernel"))
+KERNELS = sorted(name.removesuffix("_kernel") for name in KERNEL_WALKS)
 WIDTH = 200  # characters of the table where the output is no terminal
 
 

@@ -14,6 +14,8 @@ class Budget(NamedTuple):
     reason: str
 
 
+MAX_CLUSTER_FENCES = 2  # one exchange
+
 BUDGETS = {
     "forward only": Budget(
         5.7, "unpacking, maximum, multiply-add, exponential and sum are 5; the rest is a tile's loop and rescaling"
@@ -33,6 +35,8 @@ def problems(variant: dict) -> list[str]:
     found = []
     if variant["spills"]:
         found.append(f"spills: {variant['spills']}")
+    if variant["cluster_fences"] > MAX_CLUSTER_FENCES:
+        found.append(f"{variant['cluster_fences']} cluster fences, {MAX_CLUSTER_FENCES} allowed")
     for walk in variant["walks"]:
         if variant["aligned"] and walk["narrow"]:
             written = "" if walk["store_bytes"] is None else f" and written {walk['store_bytes']}"

@@ -3,12 +3,15 @@
 A case names a call, not kernels: which kernels that call launches, in which variant, is the launcher's answer.
 """
 
+import os
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from pdl_kernels.kernels import launch
+from pdl_kernels.kernels.planner import TWO_PASSES
 from pdl_kernels.ops.cross_entropy import empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
 
@@ -47,6 +50,7 @@ class Case(NamedTuple):
     row_stride: int | None = None  # where it is not the vocabulary's size
     column_stride: int = 1
     offset: int = 0  # elements from an aligned address to the first logit
+    kernel: str = ""  # of planner.KERNELS, where another would be launched
 
     @property
     def layout(self) -> str:
@@ -59,12 +63,19 @@ class Case(NamedTuple):
             "" if self.row_stride is None or self.column_stride != 1 else "padded rows",
             "" if self.column_stride == 1 else "column stride",
             "offset" if self.offset else "",
+            self.kernel,
         ]
         return ", ".join(filter(None, parts))
 
 
 def run_case(case: Case) -> None:
     """Make the call on tensors without memory."""
+    forced = {"PDL_KERNELS_FORCE_KERNEL": case.kernel} if case.kernel else {}
+    with mock.patch.dict(os.environ, forced):
+        _run_case(case)
+
+
+def _run_case(case: Case) -> None:
     logits = _logits(case)
     rows, options = case.rows, OPTIONS[case.options]
     inputs = LossInputs(
@@ -111,7 +122,9 @@ def quick_cases() -> list[Case]:
         found += [Case(call, target, options="everything") for call in ("loss + gradient", "gradient")]
         found += [Case("loss", target), Case("gradient", target), Case("scale", target)]
         found += [Case("loss + gradient", target, rows=FEW_ROWS)]
-    plain = Case("loss + gradient", "sm_90")
+    # Where a row is held on chip these would not be seen: older Triton versions launch them.
+    plain = Case("loss + gradient", "sm_90", kernel=TWO_PASSES)
+    found += [plain, plain._replace(target="sm_100")]
     found += [plain._replace(options=name) for name in OPTIONS if name not in ("plain", "everything", "none")]
     found += [Case("gradient", "sm_90", options="none"), Case("loss", "sm_90", options="smoothing")]
     found += [
@@ -125,6 +138,11 @@ def quick_cases() -> list[Case]:
         plain._replace(vocab_size=1000),
     ]
     found += [plain._replace(vocab_size=size) for size in (32000, 50257, 262144)]
+    held = plain._replace(kernel="")
+    found += [held._replace(vocab_size=size) for size in (1000, 32000, 50257, 151936, 262144)]
+    found += [held._replace(options="z_loss"), held._replace(options="stats"), held._replace(targets="int32")]
+    found += [held._replace(dtype="float32", vocab_size=size) for size in (50257, 262144)]
+    found += [held._replace(vocab_size=50257, row_stride=50264), held._replace(target="sm_100", vocab_size=50257)]
     for dtype in ("float16", "float32"):
         found += [Case(call, "sm_90", dtype) for call in ("loss", "gradient")]
         found.append(plain._replace(dtype=dtype, vocab_size=50257))
@@ -142,6 +160,7 @@ def full_cases() -> list[Case]:
             for size in VOCABULARIES:
                 found += [Case(call, target, dtype, size) for call in ("loss + gradient", "loss", "gradient", "scale")]
                 found.append(Case("loss + gradient", target, dtype, size, FEW_ROWS))
+                found.append(Case("loss + gradient", target, dtype, size, kernel=TWO_PASSES))
         for options in OPTIONS:
             for size in (50257, 128256):
                 calls = ("loss + gradient", "loss", "gradient") if options != "none" else ("loss", "gradient")

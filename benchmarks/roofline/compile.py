@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.roofline.hardware import HARDWARE
 from pdl_kernels.kernels import launch
+from pdl_kernels.kernels.planner import Device
 
 
 class CompilingDriver:
@@ -63,9 +64,9 @@ def compiled_launches(target: str, wanted: Callable[[str], bool] = lambda name: 
         named.update((key, value) for key, value in keywords.items() if key in kernel.arg_names)
         launches.append(Launch(name, math.prod(grid), named, compiled))
 
-    device = launch.Device(
-        hardware.multiprocessors, hardware.target.warp_size, limits_registers=hardware.target.backend == "cuda"
-    )
+    nvidia = hardware.target.backend == "cuda"
+    capability = divmod(hardware.target.arch, 10) if nvidia else (0, 0)
+    device = Device(hardware.multiprocessors, hardware.target.warp_size, nvidia, capability)
     driver.set_active(CompilingDriver(hardware.target, list(HARDWARE).index(target)))
     with (
         mock.patch.object(JITFunction, "run", compile_alone),

@@ -22,6 +22,7 @@ AMDGCN_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
 AMDGCN_WIDTHS |= {"ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1, "byte": 1}
 
 FENCES = ("MEMBAR", "CCTL", "ERRBAR", "FENCE", "UCGABAR", "buffer_wbl2", "buffer_inv")
+CLUSTER_FENCES = ("MEMBAR.ALL", "MEMBAR.SC")  # of all memory: one stands at every exchange of a cluster
 # What the special function unit does: exponentials, logarithms, reciprocals, conversions but for packing (F2FP).
 SPECIAL = ("MUFU", "F2I", "I2F", "F2F.", "v_exp", "v_log", "v_rcp", "v_rsq", "v_sqrt")
 LOCAL = ("LDL", "STL")  # memory of one thread, where spilled registers go

@@ -7,7 +7,7 @@ from benchmarks.roofline import budgets, model
 from benchmarks.roofline.cases import Case
 from benchmarks.roofline.compile import Launch
 from benchmarks.roofline.hardware import HARDWARE
-from benchmarks.roofline.machine import FENCES, accesses, count, machine_code
+from benchmarks.roofline.machine import CLUSTER_FENCES, FENCES, accesses, count, machine_code
 from benchmarks.roofline.walks import find_walks
 
 OPTION_FIELDS = ("smoothing", "z_loss", "softcap", "scale", "stats")  # of the launcher's Variant
@@ -41,6 +41,7 @@ def measured(case: Case, launch: Launch) -> dict[str, Any]:
         "shared_bytes": machine.shared_bytes,
         "resident_programs": resident,
         "fences": count(machine.instructions, FENCES),
+        "cluster_fences": count(machine.instructions, CLUSTER_FENCES) if launch.compiled.metadata.num_ctas > 1 else 0,
         "fused_multiply_add": count(machine.instructions, ("FFMA", "v_fma", "v_fmac", "v_pk_fma")),
         "accesses": [
             {**one._asdict(), "instructions": times} for one, times in sorted(accesses(machine.instructions).items())
@@ -65,7 +66,8 @@ def _work(case: Case, launch: Launch) -> model.Work | None:
     variant = launch.arguments.get("VARIANT")
     if variant is None:
         return None
-    tile = variant.lanes * variant.vector * variant.unroll
+    # A row held on chip is one tile.
+    tile = case.vocab_size if variant.chunks else variant.lanes * variant.vector * variant.unroll
     slice_tiles = launch.arguments.get("slice_tiles")
     return model.Work(
         programs=launch.programs,
@@ -83,5 +85,6 @@ def _tile_store_layouts(launch: Launch) -> list[str]:
     if variant is None:
         return []
     stores = [line for line in launch.compiled.asm["ttgir"].splitlines() if "tt.store" in line]
-    tile = re.compile(rf"tensor<\d+x{variant.vector}x!tt\.ptr<\w+>, (#\w+)>")  # of pointers, with its layout
+    shape = rf"{variant.lanes * variant.vector}" if variant.chunks else rf"\d+x{variant.vector}"
+    tile = re.compile(rf"tensor<{shape}x!tt\.ptr<\w+>, (#\w+)>")  # of pointers, with its layout
     return sorted({match[1] for match in map(tile.search, stores) if match})

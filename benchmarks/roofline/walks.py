@@ -90,6 +90,7 @@ def _no_walk(variant: Any, arguments: dict[str, Any]) -> list[ExpectedWalk]:
 KERNEL_WALKS: dict[str, Callable[[Any, dict[str, Any]], list[ExpectedWalk]]] = {
     "denominators_kernel": _no_walk,
     "loss_rows_kernel": _loss_rows,
+    "single_pass_rows_kernel": _no_walk,  # see _held_row
     "slice_rows_kernel": _slice_rows,
     "merge_rows_kernel": _no_walk,
     "gradient_rows_kernel": _gradient_rows,
@@ -98,12 +99,30 @@ KERNEL_WALKS: dict[str, Callable[[Any, dict[str, Any]], list[ExpectedWalk]]] = {
 }
 
 
+def _held_row(variant: Any, instructions: list[Instruction]) -> Walk:
+    """A row held on chip: no loop, every instruction runs once a row, but for the branch of rows that do not count."""
+    found = accesses(instructions)
+    wide_loads, wide_stores = found[Access("load", VECTOR_BYTES)], found[Access("store", VECTOR_BYTES)]
+    return Walk(
+        role="single pass",
+        tiles=1,
+        elements=variant.chunks * variant.vector,
+        instructions=len(instructions),
+        special=count(instructions, SPECIAL),
+        load_bytes=VECTOR_BYTES if wide_loads >= variant.chunks else min(one.bytes for one in found),
+        store_bytes=VECTOR_BYTES if wide_stores >= variant.chunks else min(one.bytes for one in found),
+        narrow=wide_loads < variant.chunks or wide_stores < variant.chunks,
+    )
+
+
 def find_walks(launch: Launch, instructions: list[Instruction]) -> list[Walk]:
     """The walks of a launch's kernel, as KERNEL_WALKS says they must be.
 
     Raises:
         MachineCodeError: the kernel is unknown, or its loops are not those walks.
     """
+    if launch.kernel == "single_pass_rows_kernel":
+        return [_held_row(launch.arguments["VARIANT"], instructions)]
     if launch.kernel not in KERNEL_WALKS:
         raise MachineCodeError(f"{launch.kernel} has no entry in walks.KERNEL_WALKS: say there what it reads")
     expected = KERNEL_WALKS[launch.kernel](launch.arguments.get("VARIANT"), launch.arguments)

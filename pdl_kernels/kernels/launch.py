@@ -1,24 +1,32 @@
-"""Which kernels run, in which shape, and how they are launched. The choices are pure functions of sizes."""
+"""How kernels are launched. Which ones, and in which shape, says planner.py."""
 
 import functools
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from pdl_kernels.kernels import cross_entropy as kernels
+from pdl_kernels.kernels import planner
+from pdl_kernels.kernels.planner import VECTOR_BYTES, Device, RowLaunch, next_power_of_two, plan_rows
+from pdl_kernels.kernels.single_pass import single_pass_rows_kernel
 from pdl_kernels.options import LossInputs, LossOptions, LossOutputs, RowOutputs
 
-VECTOR_BYTES = 16  # one load or store instruction of a thread
-MAX_SLICES = 64
 REDUCE_BLOCK = 2048  # rows per step of the single-program kernels
 INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one program per row and slices are exercised
 
 # exp, log and fused multiply-add are meant to fuse: said here because Triton's default changes with its version.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 REDUCE_OPTIONS = {"num_warps": 16, **COMPILE_OPTIONS}  # of the single-program kernels
+
+_major, _minor, *_ = triton.__version__.split(".")
+TRITON_VERSION = (int(_major), int(_minor))
 
 
 class Variant(NamedTuple):
@@ -36,75 +44,10 @@ class Variant(NamedTuple):
     edges: bool  # there may be columns outside the interior
     vector: int  # columns in 16 bytes
     lanes: int  # threads
-    unroll: int  # vectors per thread and step
-
-
-class RowLaunch(NamedTuple):
-    """How rows are spread over programs."""
-
-    lanes: int
-    unroll: int
-    warps: int
-    registers: int | None  # at most so many per thread, on NVIDIA
-    slices: int
-    slice_tiles: int  # a tile is unroll * lanes vectors
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def plan_rows(
-    rows: int,
-    vocab_size: int,
-    itemsize: int,
-    multiprocessors: int,
-    *,
-    two_passes: bool,
-    smoothing: bool = False,
-    unit_stride: bool = True,
-    vectors: bool = True,
-    warp_size: int = 32,
-) -> RowLaunch:
-    """Choose the shape of a row kernel's launch from sizes alone.
-
-    Args:
-        two_passes: the row is read twice and the second read is meant to hit the second-level cache.
-        smoothing: the kernel also streams the weights. Its loss needs the whole row's sum before the second walk, so
-            one program takes the row.
-        unit_stride: the columns of a row are neighbours in memory.
-        vectors: and they are read and written 16 bytes at a time.
-    """
-    vector = VECTOR_BYTES // itemsize
-    # 64 bytes in flight per thread; 128 spill at 1024 threads, and so does anything but one vector with 64-bit offsets.
-    unroll = 4 if unit_stride else 1
-    row_bytes = vocab_size * itemsize
-    # 1024 threads fit on a multiprocessor at 64 registers each. One row a program, so more warps a program means fewer
-    # rows in flight: about 4 up to 64 KB, 2 up to 128 KB, 1 beyond, which keeps the rows in flight on an H200 under 40
-    # of its 50 MB of second-level cache (a model of the cache, not measured on a GPU yet).
-    max_warps = 8
-    if two_passes:
-        max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
-    # Streaming the weights too, or a load per column, take twice the registers, hence at most half the threads.
-    heavy = smoothing or not unit_stride or not vectors
-    max_warps = min(max_warps, (512 if heavy else 1024) // warp_size)
-    warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
-
-    few_rows = not smoothing and 0 < rows < 2 * multiprocessors
-    if few_rows:
-        warps = min(warps, 8)
-    tiles = -(-vocab_size // (warps * warp_size * vector * unroll))
-    slice_tiles = -(-tiles // min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)) if few_rows else tiles
-    registers = None if warps * warp_size < 512 else 128 if heavy else 64
-    return RowLaunch(warps * warp_size, unroll, warps, registers, -(-tiles // slice_tiles), slice_tiles)
-
-
-class Device(NamedTuple):
-    """What the choices need to know of a device. benchmarks.roofline describes devices that are not there."""
-
-    multiprocessors: int
-    warp_size: int
-    limits_registers: bool
+    unroll: int  # vectors per thread and step; in a row held on chip 1
+    chunks: int = 0  # of lanes * vector columns that hold a row on chip
+    full_chunks: int = 0  # of them, those that are inside every row
+    hold_exps: bool = False  # exponentials are held instead of logits
 
 
 @functools.cache
@@ -112,7 +55,9 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cpu":
         return Device(INTERPRETER_MULTIPROCESSORS, 32, False)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), torch.version.hip is None)
+    nvidia = torch.version.hip is None
+    capability = (properties.major, properties.minor) if nvidia else (0, 0)
+    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), nvidia, capability)
 
 
 @contextmanager
@@ -176,7 +121,16 @@ def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, 
         vector=vector,
         lanes=launch.lanes,
         unroll=launch.unroll,
+        chunks=launch.chunks,
+        full_chunks=launch.full_chunks,
+        # float32 logits and exponentials take the same registers, and the second exponential is saved.
+        hold_exps=launch.chunks > 0 and vector == 4 and options.label_smoothing == 0 and not transforms(options),
     )
+
+
+def transforms(options: LossOptions) -> bool:
+    """Whether the loss sees other numbers than the logits."""
+    return options.softcap is not None or options.logit_scale != 1
 
 
 def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, Any]:
@@ -186,27 +140,19 @@ def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, An
     Small ones are better left alone, where a limit makes it use, and then spill, all it was given.
     """
     limit = {"maxnreg": plan.registers} if limits_registers and plan.registers else {}
-    return {"num_warps": plan.warps, **limit, **COMPILE_OPTIONS}
+    cluster = {"num_ctas": plan.ctas} if plan.ctas > 1 else {}
+    return {"num_warps": plan.warps, **cluster, **limit, **COMPILE_OPTIONS}
 
 
 class _RowCall:
     """One call's row kernels: their plan, their variant and the arguments that they share."""
 
-    def __init__(self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None, *, two_passes: bool) -> None:
-        device = device_of(inputs.logits.device)
+    def __init__(
+        self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None, plan: RowLaunch, device: Device
+    ) -> None:
         self.inputs = inputs
         self.gradient = gradient
-        self.plan = plan_rows(
-            inputs.rows,
-            inputs.vocab_size,
-            inputs.logits.element_size(),
-            device.multiprocessors,
-            two_passes=two_passes,
-            smoothing=options.label_smoothing > 0,
-            unit_stride=has_unit_stride(inputs.logits),
-            vectors=uses_vectors(inputs.logits, gradient),
-            warp_size=device.warp_size,
-        )
+        self.plan = plan
         self.variant = make_variant(inputs.logits, options, gradient, self.plan)
         strides = inputs.logits.stride()
         self.tensors = (inputs.targets, inputs.weights, inputs.token_weights)
@@ -222,7 +168,9 @@ class _RowCall:
         self.compile_options = row_compile_options(self.plan, device.limits_registers)
 
     def loss_rows(self, scalars: Tensor, row_loss: Tensor, row_state: Tensor, row_stats: Tensor | None) -> None:
-        kernels.loss_rows_kernel[(self.inputs.rows,)](
+        held = self.plan.kernel == planner.SINGLE_PASS
+        kernel = single_pass_rows_kernel if held else kernels.loss_rows_kernel
+        kernel[(self.inputs.rows,)](
             self.inputs.logits, self.gradient, *self.tensors, scalars, row_loss, row_state, row_stats,
             *self.shape, *self.gradient_strides, *self.numbers, self.variant, **self.compile_options,
         )  # fmt: skip
@@ -289,12 +237,84 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
         torch.empty(2, rows, dtype=torch.float32, device=scalars.device) if options.return_stats else None,
     )
     if rows > 0:
-        two_passes = gradient is not None or options.label_smoothing > 0
+        device = device_of(inputs.logits.device)
         with _on_device(inputs.logits):
-            call = _RowCall(inputs, options, gradient, two_passes=two_passes)
-            run = call.sliced_loss_rows if call.plan.slices > 1 else call.loss_rows
-            run(scalars, *outputs)
+            for plan in loss_plans(inputs, options, gradient, device):
+                call = _RowCall(inputs, options, gradient, plan, device)
+                run = call.sliced_loss_rows if plan.slices > 1 else call.loss_rows
+                if _compiles(plan, device, lambda: run(scalars, *outputs)):  # noqa: B023 (called at once)
+                    break
     return outputs
+
+
+def loss_plans(inputs: LossInputs, options: LossOptions, gradient: Tensor | None, device: Device) -> list[RowLaunch]:
+    """The launches that can serve, best first. PDL_KERNELS_FORCE_KERNEL, meant for tests, names the only one."""
+    itemsize = inputs.logits.element_size()
+    unit_stride, vectors = has_unit_stride(inputs.logits), uses_vectors(inputs.logits, gradient)
+    head = "head" in layouts(inputs.logits, gradient)
+    smoothing = options.label_smoothing > 0
+    forced = os.environ.get("PDL_KERNELS_FORCE_KERNEL")
+    if forced not in (None, *planner.KERNELS):
+        raise ValueError(f"PDL_KERNELS_FORCE_KERNEL is {forced!r}; accepted are {', '.join(planner.KERNELS)}")
+    if gradient is not None and forced is None:
+        return planner.plan_loss_and_gradient(
+            inputs.rows,
+            inputs.vocab_size,
+            itemsize,
+            device,
+            TRITON_VERSION,
+            smoothing=smoothing,
+            transform=transforms(options),
+            stats=options.return_stats,
+            z_loss=options.z_loss > 0,
+            unit_stride=unit_stride,
+            vectors=vectors,
+            head=head,
+        )
+    if forced == planner.SINGLE_PASS and gradient is not None and vectors:
+        warps = 1 if device.capability == (0, 0) else 4
+        return [planner.held_row(inputs.vocab_size, itemsize, warps=warps, ctas=1, registers=None, head=head)]
+    rows = planner.MANY_ROWS if forced == planner.TWO_PASSES else inputs.rows
+    return [
+        plan_rows(
+            rows,
+            inputs.vocab_size,
+            itemsize,
+            device.multiprocessors,
+            two_passes=gradient is not None or smoothing,
+            smoothing=smoothing,
+            unit_stride=unit_stride,
+            vectors=vectors,
+            warp_size=device.warp_size,
+        )
+    ]
+
+
+_refused: set[tuple[Any, ...]] = set()  # plans that this machine's Triton cannot compile
+
+
+def _compiles(plan: RowLaunch, device: Device, run: Callable[[], None]) -> bool:
+    """Run it; False, with a warning the first time, where Triton cannot compile a plan that has an alternative."""
+    if plan.kernel != planner.SINGLE_PASS:
+        run()
+        return True
+    key = (device.capability, plan)
+    if key in _refused:
+        return False
+    try:
+        run()
+    except (TritonError, RuntimeError) as error:
+        if not (isinstance(error, TritonError) or "PassManager" in str(error)):
+            raise  # not the compiler
+        _refused.add(key)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"Triton {triton.__version__} cannot compile the single-pass kernel ({reason}); the two-pass kernel takes "
+            "its place, which reads the logits twice",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_count: Tensor) -> Tensor:
@@ -365,5 +385,17 @@ def _gradient(
     # Statistics belong to forward: without them backward needs one variant fewer.
     options = options._replace(return_stats=False)
     with _on_device(inputs.logits):
-        call = _RowCall(inputs, options, gradient, two_passes=False)
+        device = device_of(inputs.logits.device)
+        plan = plan_rows(
+            inputs.rows,
+            inputs.vocab_size,
+            inputs.logits.element_size(),
+            device.multiprocessors,
+            two_passes=False,
+            smoothing=options.label_smoothing > 0,
+            unit_stride=has_unit_stride(inputs.logits),
+            vectors=uses_vectors(inputs.logits, gradient),
+            warp_size=device.warp_size,
+        )
+        call = _RowCall(inputs, options, gradient, plan, device)
         call.gradient_rows(scalars, row_state, upstream, unless_one=unless_one)

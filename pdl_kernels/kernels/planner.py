@@ -1,0 +1,196 @@
+"""Which kernel runs, and in which shape: pure functions of sizes, the device and the Triton version."""
+
+from typing import NamedTuple
+
+VECTOR_BYTES = 16  # one load or store instruction of a thread
+MAX_SLICES = 64
+MANY_ROWS = 1 << 16  # so many are never sliced
+
+SINGLE_PASS = "single pass"
+TWO_PASSES = "two passes"
+SLICES = "slices"
+KERNELS = (SINGLE_PASS, TWO_PASSES, SLICES)
+
+# Clusters (num_ctas > 1) whose reductions go through distributed shared memory: on sm_90 and later, from Triton 3.9 on.
+# 3.8 compiles the smaller half of them, 3.6 and 3.7 none.
+CLUSTER_CAPABILITY = (9, 0)
+CLUSTER_TRITON = (3, 9)
+MAX_CLUSTER = 8  # programs; 16 exist, but not every device and launch takes them
+MIN_HELD_BYTES = (
+    16384  # of a row: below, a held row's fixed cost is most of its instructions, and a second read is near
+)
+# By bytes per logit: (warps of a program, (most columns of a thread, registers that hold them), ...), best first. Few
+# threads with many columns have the least fixed cost per column, and the columns that a multiprocessor holds at once
+# are the figure to maximise: the kernel waits for memory. 16-bit columns take half a register each. From machine code
+# for sm_90 and sm_100 of Triton 3.9 (benchmarks.roofline), not from measurements.
+HELD_SHAPES = {
+    2: ((4, ((160, 96), (200, 128), (256, 192))),),
+    4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
+}
+COMFORTABLE = 200  # columns of a thread: more where no larger cluster exists
+EXTRA_REGISTERS = {"stats": 8, "z_loss": 16, "sm_100": 8}  # the most of those that apply
+
+
+class Device(NamedTuple):
+    """What the choices need to know of a device. benchmarks.roofline describes devices that are not there."""
+
+    multiprocessors: int
+    warp_size: int
+    limits_registers: bool
+    capability: tuple[int, int] = (0, 0)  # of NVIDIA devices
+
+
+class RowLaunch(NamedTuple):
+    """How rows are spread over programs."""
+
+    kernel: str
+    lanes: int  # threads of a row or slice
+    unroll: int
+    warps: int
+    registers: int | None  # at most so many per thread, on NVIDIA
+    slices: int = 1
+    slice_tiles: int = 0  # a tile is unroll * lanes vectors
+    ctas: int = 1  # blocks of threads that share a row
+    chunks: int = 0  # of lanes vectors that hold a row on chip
+    full_chunks: int = 0  # of them, those that lie inside every row, wherever its interior starts
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def plan_loss_and_gradient(
+    rows: int,
+    vocab_size: int,
+    itemsize: int,
+    device: Device,
+    triton_version: tuple[int, int],
+    *,
+    smoothing: bool = False,
+    transform: bool = False,
+    stats: bool = False,
+    z_loss: bool = False,
+    unit_stride: bool = True,
+    vectors: bool = True,
+    head: bool = False,
+) -> list[RowLaunch]:
+    """The launches that can form loss and gradient of `rows`, best first; the last one compiles everywhere.
+
+    Args:
+        smoothing: the weights are streamed too.
+        transform: softcap, or a scale of the logits.
+        unit_stride, vectors: as for `plan_rows`.
+        head: rows do not all start on 16 bytes.
+    """
+    two_passes = plan_rows(
+        rows,
+        vocab_size,
+        itemsize,
+        device.multiprocessors,
+        two_passes=True,
+        smoothing=smoothing,
+        unit_stride=unit_stride,
+        vectors=vectors,
+        warp_size=device.warp_size,
+    )
+    found = [two_passes]
+    # Smoothing and softcap take more registers than are left beside a held row: they spill.
+    if vectors and not smoothing and not transform:
+        held = plan_held_row(vocab_size, itemsize, device, triton_version, head=head, stats=stats, z_loss=z_loss)
+        # Few rows: a cluster each must give every multiprocessor two programs, or else slices fill them better.
+        if held is not None and rows * held.ctas >= 2 * device.multiprocessors:
+            found.insert(0, held)
+    return found
+
+
+def plan_held_row(
+    vocab_size: int,
+    itemsize: int,
+    device: Device,
+    triton_version: tuple[int, int],
+    *,
+    head: bool = False,
+    stats: bool = False,
+    z_loss: bool = False,
+) -> RowLaunch | None:
+    """How a row of 16-byte vectors is held on chip; None where it does not fit, or the compiler lacks what it takes."""
+    if device.capability < CLUSTER_CAPABILITY or vocab_size * itemsize < MIN_HELD_BYTES:
+        return None
+    max_ctas = MAX_CLUSTER if triton_version >= CLUSTER_TRITON else 1
+    for warps, shapes in HELD_SHAPES[itemsize]:
+        threads = warps * device.warp_size
+        ctas = min(next_power_of_two(-(-vocab_size // (min(shapes[-1][0], COMFORTABLE) * threads))), max_ctas)
+        columns = -(-vocab_size // (ctas * threads))
+        registers = next((count for most, count in shapes if columns <= most), None)
+        if registers is not None:
+            applies = {"stats": stats, "z_loss": z_loss, "sm_100": device.capability >= (10, 0)}
+            registers += max(EXTRA_REGISTERS[name] * applies[name] for name in EXTRA_REGISTERS)
+            return held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=registers, head=head)
+    return None
+
+
+def held_row(
+    vocab_size: int, itemsize: int, *, warps: int, ctas: int, registers: int | None, head: bool, warp_size: int = 32
+) -> RowLaunch:
+    """A row held on chip by `ctas` blocks of `warps` warps."""
+    vector = VECTOR_BYTES // itemsize
+    lanes = ctas * warps * warp_size
+    size = lanes * vector
+    shortest = vocab_size - 2 * (vector - 1) if head else vocab_size  # interior of a row
+    return RowLaunch(
+        SINGLE_PASS,
+        lanes,
+        1,
+        warps,
+        registers,
+        ctas=ctas,
+        chunks=max(-(-vocab_size // size), 1),
+        full_chunks=max(shortest // size, 0),
+    )
+
+
+def plan_rows(
+    rows: int,
+    vocab_size: int,
+    itemsize: int,
+    multiprocessors: int,
+    *,
+    two_passes: bool,
+    smoothing: bool = False,
+    unit_stride: bool = True,
+    vectors: bool = True,
+    warp_size: int = 32,
+) -> RowLaunch:
+    """Choose the shape of a row kernel's launch from sizes alone.
+
+    Args:
+        two_passes: the row is read twice and the second read is meant to hit the second-level cache.
+        smoothing: the kernel also streams the weights. Its loss needs the whole row's sum before the second walk, so
+            one program takes the row.
+        unit_stride: the columns of a row are neighbours in memory.
+        vectors: and they are read and written 16 bytes at a time.
+    """
+    vector = VECTOR_BYTES // itemsize
+    # 64 bytes in flight per thread; 128 spill at 1024 threads, and so does anything but one vector with 64-bit offsets.
+    unroll = 4 if unit_stride else 1
+    row_bytes = vocab_size * itemsize
+    # 1024 threads fit on a multiprocessor at 64 registers each. One row a program, so more warps a program means fewer
+    # rows in flight: about 4 up to 64 KB, 2 up to 128 KB, 1 beyond, which keeps the rows in flight on an H200 under 40
+    # of its 50 MB of second-level cache (a model of the cache, not measured on a GPU yet).
+    max_warps = 8
+    if two_passes:
+        max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
+    # Streaming the weights too, or a load per column, take twice the registers, hence at most half the threads.
+    heavy = smoothing or not unit_stride or not vectors
+    max_warps = min(max_warps, (512 if heavy else 1024) // warp_size)
+    warps = min(next_power_of_two(max(vocab_size // (warp_size * vector * unroll), 1)), max_warps)
+
+    few_rows = not smoothing and 0 < rows < 2 * multiprocessors
+    if few_rows:
+        warps = min(warps, 8)
+    tiles = -(-vocab_size // (warps * warp_size * vector * unroll))
+    slice_tiles = -(-tiles // min(-(-2 * multiprocessors // rows), tiles, MAX_SLICES)) if few_rows else tiles
+    registers = None if warps * warp_size < 512 else 128 if heavy else 64
+    slices = -(-tiles // slice_tiles)
+    kernel = SLICES if slices > 1 else TWO_PASSES
+    return RowLaunch(kernel, warps * warp_size, unroll, warps, registers, slices, slice_tiles)

@@ -1,0 +1,366 @@
+# mypy: ignore-errors
+# Triton's device code is typed by Triton, not by Python.
+"""The kernel that reads every logit once: a row stays on chip between its sum and its gradient.
+
+A row belongs to one program, which may be a cluster of `num_ctas` blocks of threads. The row's interior (see tiles.py)
+is held as a tuple of chunks of `lanes * vector` columns, one 16-byte vector per thread and chunk: 128256 columns
+are 125 columns a thread in a cluster of 1024 threads. Chunks are one-dimensional: in a cluster Triton 3.9 exchanges
+two-dimensional ones through shared memory over and over.
+
+Every thread forms (max, sum) of its own columns; one reduction over all threads, of both numbers in one word, gives the
+row's. It is the only exchange between the blocks of a cluster.
+"""
+
+import triton
+import triton.language as tl
+
+from pdl_kernels.kernels.cross_entropy import UNSPECIALIZED, store_row_results, store_unread_row
+from pdl_kernels.kernels.rows import (
+    LARGEST,
+    LN2,
+    LOG2E,
+    contributes,
+    exp_difference,
+    exp_terms,
+    row_factors,
+    transform_derivative,
+    transformed,
+)
+from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, interior_bounds, interior_pointer, row_offset
+
+MINUS_INFINITY_HALVES = tl.constexpr(0xFC00FC00 - 2**32)  # two float16 in one int32
+
+
+@triton.jit
+def packed(maximum, total):
+    """Two float32 as one int64, so that a reduction takes them over the cluster in one exchange."""
+    low = total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return (maximum.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+
+
+@triton.jit
+def unpacked(pair):
+    maximum = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return maximum, pair.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def merge(first, second):
+    """(max, sum of exp(z - max)) of two sets of columns from those of each."""
+    first_max, first_sum = unpacked(first)
+    second_max, second_sum = unpacked(second)
+    above = first_max > second_max
+    rescale = tl.math.exp2(-tl.abs(first_max - second_max) * LOG2E)
+    larger = tl.where(above, first_sum, second_sum)
+    smaller = tl.where(above, second_sum, first_sum)
+    return packed(tl.where(above, first_max, second_max), larger + smaller * rescale)
+
+
+@triton.jit
+def spread(values, VARIANT: tl.constexpr):
+    """(lanes,) -> (lanes * vector,): each thread's number for each of its columns."""
+    columns = tl.broadcast_to(values[:, None], (VARIANT.lanes, VARIANT.vector))
+    return tl.reshape(columns, (VARIANT.lanes * VARIANT.vector,))
+
+
+@triton.jit
+def half_spread(values, VARIANT: tl.constexpr):
+    """(lanes,) -> (lanes * vector / 2,): each thread's number for each of its words."""
+    words = tl.broadcast_to(values[:, None], (VARIANT.lanes, VARIANT.vector // 2))
+    return tl.reshape(words, (VARIANT.lanes * VARIANT.vector // 2,))
+
+
+@triton.jit
+def lane_view(values, VARIANT: tl.constexpr):
+    """(lanes * vector,) -> (lanes, vector), whose last axis lies inside a thread."""
+    return tl.reshape(values, (VARIANT.lanes, VARIANT.vector))
+
+
+@triton.jit
+def load_chunk(interior, columns, CHUNK: tl.constexpr, VARIANT: tl.constexpr):
+    """Chunk number CHUNK as it is held: 16-bit columns as words of two, which take half the registers."""
+    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    if VARIANT.vector == 8:
+        index = tl.arange(0, SIZE // 2)
+        pointers = (interior + CHUNK * SIZE).to(tl.pointer_type(tl.int32), bitcast=True) + index
+        first = index // (VARIANT.vector // 2) * VARIANT.vector
+        missing = MINUS_INFINITY_PAIR if interior.dtype.element_ty == tl.bfloat16 else MINUS_INFINITY_HALVES
+    else:
+        index = tl.arange(0, SIZE)
+        pointers = interior + CHUNK * SIZE + index
+        first = index // VARIANT.vector * VARIANT.vector
+        missing = float("-inf")
+    if VARIANT.full_chunks > CHUNK:
+        chunk = tl.load(pointers)
+    else:
+        # Constant over each vector, because `columns` is a multiple of its length: the load stays 16 bytes wide.
+        chunk = tl.load(pointers, mask=first < columns - CHUNK * SIZE, other=missing)
+    return chunk
+
+
+@triton.jit
+def chunk_values(chunk, sixteen, upper_half, dtype: tl.constexpr, VARIANT: tl.constexpr):
+    """(lanes * vector,) float32 columns of a held chunk.
+
+    `sixteen` and `upper_half` (all bits of the upper half) are operands and no constants, see `opaque_constants`.
+    """
+    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    if VARIANT.vector == 8:
+        if dtype == tl.bfloat16:
+            lower = (chunk << sixteen).to(tl.float32, bitcast=True)
+            upper = (chunk & upper_half).to(tl.float32, bitcast=True)
+        else:
+            lower = (chunk & (upper_half ^ -1)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            upper = (chunk >> sixteen).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        x = tl.reshape(tl.join(lower, upper), (SIZE,))
+    else:
+        x = chunk.to(tl.float32)
+    return x
+
+
+@triton.jit
+def lane_maxima(chunks, dtype: tl.constexpr, VARIANT: tl.constexpr):
+    """(lanes,) the largest column of each thread; nan is passed over, and +inf where the word's other half is not 0.
+
+    Of bfloat16 words the upper half decides which is larger as a float32, whatever the lower half holds, so that it is
+    cut off once, from the largest word, instead of from every word.
+    """
+    WORDS: tl.constexpr = VARIANT.vector // 2
+    if dtype == tl.bfloat16:
+        lower = (chunks[0] << 16).to(tl.float32, bitcast=True)
+        upper = chunks[0].to(tl.float32, bitcast=True)
+        for chunk in tl.static_range(1, VARIANT.chunks):
+            lower = tl.maximum(lower, (chunks[chunk] << 16).to(tl.float32, bitcast=True))
+            upper = tl.maximum(upper, chunks[chunk].to(tl.float32, bitcast=True))
+        upper = (upper.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        largest = tl.max(tl.reshape(tl.maximum(lower, upper), (VARIANT.lanes, WORDS)), 1)
+    else:
+        values = chunk_values(chunks[0], 16, -65536, dtype, VARIANT)
+        for chunk in tl.static_range(1, VARIANT.chunks):
+            values = tl.maximum(values, chunk_values(chunks[chunk], 16, -65536, dtype, VARIANT))
+        largest = tl.max(lane_view(values, VARIANT), 1)
+    return largest
+
+
+@triton.jit
+def opaque_constants(value):
+    """(16, mask of the upper half) that the compiler cannot tell from functions of `value`.
+
+    With constants it would unpack every word once and hold the results for all phases, in twice the registers. Where
+    `value` is infinite they are wrong, and the row's loss is nan whatever they are.
+    """
+    infinite = value == float("inf")
+    return tl.where(infinite, 15, 16), tl.where(infinite, -32768, -65536)
+
+
+@triton.jit
+def edge_chunk(head, columns, V, VARIANT: tl.constexpr):
+    """(lanes,) the columns outside the interior, one each of the first threads, and which of them exist."""
+    index = tl.arange(0, VARIANT.lanes)
+    before = index < VARIANT.vector
+    column = tl.where(before, index, index - VARIANT.vector + head + columns)
+    return column, column < tl.where(before, head, V)
+
+
+@triton.jit
+def chunk_columns(VARIANT: tl.constexpr):
+    """(first column of each column's vector, columns) of a chunk, (lanes * vector,) both."""
+    columns = tl.arange(0, VARIANT.lanes * VARIANT.vector)
+    return columns // VARIANT.vector * VARIANT.vector, columns
+
+
+@triton.jit
+def store_chunk(gradient_interior, values, columns, CHUNK: tl.constexpr, VARIANT: tl.constexpr):
+    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    first, index = chunk_columns(VARIANT)
+    pointers = gradient_interior + CHUNK * SIZE + index
+    if VARIANT.full_chunks > CHUNK:
+        tl.store(pointers, values.to(gradient_interior.dtype.element_ty))
+    else:
+        mask = first < columns - CHUNK * SIZE
+        tl.store(pointers, values.to(gradient_interior.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_of(x, terms, column, exists, log_sum, reference, smoothing_factor, weights, logit_scale, softcap,
+                VARIANT: tl.constexpr):  # fmt: skip
+    """dL/dx but for the target's own term, from terms = p_j times the row's factor; and w_j (lse - z_j)."""
+    g = terms
+    smoothing = 0.0
+    if VARIANT.smoothing:
+        if weights is not None:
+            w = tl.load(weights + column, mask=exists, other=0.0).to(tl.float32)
+        else:
+            w = tl.where(exists, 1.0, 0.0)
+        z = transformed(x, logit_scale, softcap, VARIANT)
+        # Columns of weight 0 add 0 even where z is -inf.
+        smoothing = tl.where(w != 0.0, w * ((reference - z) + log_sum), 0.0)
+        g = g - smoothing_factor * w
+    if VARIANT.softcap or VARIANT.scale:
+        g = g * transform_derivative(x, logit_scale, softcap, VARIANT)
+    return g, smoothing
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def single_pass_rows_kernel(
+    logits, gradient, targets, weights, token_weights, scalars,
+    row_loss, row_state, row_stats,
+    rows, rows_inner, V, stride_outer, stride_row, stride_column,
+    gradient_stride_outer, gradient_stride_row, gradient_stride_column,
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+    VARIANT: tl.constexpr,
+):  # fmt: skip
+    """The arguments and results of loss_rows_kernel with a gradient; both strides over columns are 1."""
+    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    row = tl.program_id(0)
+    offset = row_offset(row, rows_inner, stride_outer, stride_row)
+    head, columns = interior_bounds(offset, V, VARIANT)
+    logits_row = logits + offset
+    interior = interior_pointer(logits, offset, head, True, VARIANT)
+    gradient_offset = row_offset(row, rows_inner, gradient_stride_outer, gradient_stride_row)
+    gradient_row = gradient + gradient_offset
+    gradient_interior = interior_pointer(gradient, gradient_offset, head, True, VARIANT)
+    y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
+        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
+    )
+    active = contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0)
+    read = active
+    if VARIANT.stats:
+        read = active | (counted & (invalid == 0))
+
+    if read:
+        # In place the target's logit is overwritten below. Every block of threads reads it here, before the exchange of
+        # the reduction, and no block writes before that exchange.
+        x_y = tl.load(logits_row + y.to(tl.int64)).to(tl.float32)
+        chunks = ()
+        for chunk in tl.static_range(VARIANT.chunks):
+            chunks = chunks + (load_chunk(interior, columns, chunk, VARIANT),)
+        # x decides the maximum: the transform is increasing. It starts at the lowest finite value and not at -inf, as
+        # in row_max_and_sum.
+        lane_max = tl.maximum(lane_maxima(chunks, logits.dtype.element_ty, VARIANT), -LARGEST)  # (lanes,)
+        if VARIANT.edges:
+            edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
+            edge_x = tl.load(logits_row + edge, mask=edge_exists, other=float("-inf")).to(tl.float32)
+            lane_max = tl.maximum(lane_max, edge_x)
+
+        lane_reference = transformed(lane_max, logit_scale, softcap, VARIANT)
+        rate, shift, correction = exp_terms(lane_reference)
+        if VARIANT.hold_exps:
+            sixteen, upper_half = 16, -65536
+        else:
+            sixteen, upper_half = opaque_constants(lane_reference)
+            if VARIANT.vector == 8:
+                sixteen = half_spread(sixteen, VARIANT)
+                upper_half = half_spread(upper_half, VARIANT)
+        rates, shifts = spread(rate, VARIANT), spread(shift, VARIANT)
+        first, index = chunk_columns(VARIANT)
+        held = ()
+        sums = tl.full((SIZE,), 0.0, tl.float32)
+        for chunk in tl.static_range(VARIANT.chunks):
+            x = chunk_values(chunks[chunk], sixteen, upper_half, logits.dtype.element_ty, VARIANT)
+            z = transformed(x, logit_scale, softcap, VARIANT)
+            if VARIANT.softcap and chunk >= VARIANT.full_chunks:
+                z = tl.where(first < columns - chunk * SIZE, z, float("-inf"))  # a missing column is no capped -inf
+            terms = tl.math.exp2(tl.fma(z, rates, -shifts))
+            if chunk == 0:
+                sums = terms
+            else:
+                sums += terms
+            if VARIANT.hold_exps:
+                held = held + (terms,)
+        lane_sum = tl.sum(lane_view(sums, VARIANT), 1) * correction
+        if VARIANT.edges:
+            edge_z = tl.where(edge_exists, transformed(edge_x, logit_scale, softcap, VARIANT), float("-inf"))
+            lane_sum += exp_difference(edge_z, lane_reference)
+
+        reference, row_sum = unpacked(tl.reduce(packed(lane_reference, lane_sum), 0, merge))
+        row_sixteen, row_upper_half = opaque_constants(row_sum)
+        # A row that holds +inf is nan throughout, as in torch, also where the maximum passed it over.
+        row_sum = tl.where(row_sum == float("inf"), float("nan"), row_sum)
+        row_max = reference
+        if VARIANT.softcap or VARIANT.scale:
+            row_max = tl.max(lane_max)
+        log_sum = LN2 * tl.math.log2(row_sum)
+        weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
+        smoothing = tl.full((), 0.0, tl.float32)
+        if active:
+            common = 0.0  # what the smoothing and z-loss terms add to every column's factor
+            if VARIANT.smoothing:
+                common += smoothing_factor * weight_total
+            if VARIANT.z_loss:
+                common += 2.0 * z_factor * (reference + log_sum)
+            factor = (target_factor + common) / row_sum
+            row_rate, row_shift, row_correction = exp_terms(reference)
+            if VARIANT.hold_exps:
+                scales = spread(factor * correction * exp_difference(lane_reference, reference), VARIANT)
+            else:
+                scales = factor * row_correction
+            smoothing_sums = tl.full((SIZE,), 0.0, tl.float32)
+            for chunk in tl.static_range(VARIANT.chunks):
+                if VARIANT.hold_exps:
+                    x = held[chunk]  # not looked at: neither smoothing nor a transform of the logits
+                    terms = held[chunk] * scales
+                else:
+                    x = chunk_values(chunks[chunk], row_sixteen, row_upper_half, logits.dtype.element_ty, VARIANT)
+                    z = transformed(x, logit_scale, softcap, VARIANT)
+                    terms = tl.math.exp2(tl.fma(z, row_rate, -row_shift)) * scales
+                g, chunk_smoothing = gradient_of(
+                    x, terms, head + chunk * SIZE + index, index < columns - chunk * SIZE, log_sum, reference,
+                    smoothing_factor, weights, logit_scale, softcap, VARIANT,
+                )  # fmt: skip
+                if VARIANT.smoothing:
+                    smoothing_sums += chunk_smoothing
+                store_chunk(gradient_interior, g, columns, chunk, VARIANT)
+            if VARIANT.edges:
+                edge_terms = tl.math.exp2(tl.fma(edge_z, row_rate, -row_shift)) * (factor * row_correction)
+                edge_g, edge_smoothing = gradient_of(
+                    edge_x, edge_terms, edge, edge_exists, log_sum, reference, smoothing_factor, weights, logit_scale,
+                    softcap, VARIANT,
+                )  # fmt: skip
+            if VARIANT.smoothing:
+                lane_smoothing = tl.sum(lane_view(smoothing_sums, VARIANT), 1)
+                if VARIANT.edges:
+                    lane_smoothing += edge_smoothing
+                smoothing = tl.sum(lane_smoothing)
+
+            z_y = transformed(x_y, logit_scale, softcap, VARIANT)
+            exp_y = exp_difference(z_y, reference)
+            # p_y - 1 is formed in float32 from the sum without the target, and stored once.
+            g_y = (common * exp_y - target_factor * (row_sum - exp_y)) / row_sum
+            if VARIANT.smoothing:
+                g_y -= smoothing_factor * w_y
+            if VARIANT.softcap or VARIANT.scale:
+                g_y = g_y * transform_derivative(x_y, logit_scale, softcap, VARIANT)
+            # Written over the bulk store's value. No race: this store has the shape of the bulk stores and hence their
+            # layout, so that the thread that wrote the column in bulk writes it again, later in program order. A store
+            # by any other thread would need a barrier of the whole cluster.
+            column = y - head
+            if (column >= 0) & (column < columns):
+                target_chunk = column // SIZE * SIZE
+                values = tl.full((SIZE,), 0.0, tl.float32) + g_y
+                tl.store(
+                    gradient_interior + target_chunk + index,
+                    values.to(gradient.dtype.element_ty),
+                    mask=index == column - target_chunk,
+                )
+            if VARIANT.edges:
+                edge_g = tl.where(edge == y, g_y, edge_g)
+                tl.store(gradient_row + edge, edge_g.to(gradient.dtype.element_ty), mask=edge_exists)
+        store_row_results(
+            row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
+            target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT,
+        )  # fmt: skip
+    else:
+        store_unread_row(row, rows, row_loss, row_state, row_stats, invalid, VARIANT)
+    if active == 0:
+        value = tl.where(invalid, float("nan"), 0.0)
+        values = tl.full((SIZE,), 0.0, tl.float32) + value
+        first, index = chunk_columns(VARIANT)
+        for start in tl.range(0, columns, SIZE, loop_unroll_factor=1):
+            tl.store(
+                gradient_interior + start + index, values.to(gradient.dtype.element_ty), mask=first < columns - start
+            )
+        if VARIANT.edges:
+            edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
+            edge_values = (tl.full((VARIANT.lanes,), 0.0, tl.float32) + value).to(gradient.dtype.element_ty)
+            tl.store(gradient_row + edge, edge_values, mask=edge_exists)
