@@ -39,11 +39,16 @@ def _seed():
     torch.manual_seed(20250522)
 
 
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    if request.param == "triton" and importlib.util.find_spec("triton") is None:
+@pytest.fixture(params=["eager", "triton", "triton, row on chip"])
+def backend(request, monkeypatch):
+    """The backend to ask for. Both ways to form loss and gradient in Triton run: the row read twice, and held."""
+    if request.param == "eager":
+        return "eager"
+    if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    return request.param
+    if request.param != "triton":
+        monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", "single pass")
+    return "triton"
 
 
 @pytest.fixture

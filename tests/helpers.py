@@ -12,9 +12,10 @@ from reference.pdl import ReferenceStats, reference_cross_entropy
 HALF = (torch.float16, torch.bfloat16)
 INTERPRETED = not torch.cuda.is_available()
 
-# A confident row's loss is log(1 + tiny): one rounding of that float32 sum is all that is left of it, in torch as here,
-# and chance decides whose is smaller.
+# A confident row's loss is log(1 + tiny): the roundings of that float32 sum are all that is left of it, in torch as
+# here, and chance decides whose are smaller. Sums over threads round a few times near 1.
 ONE_ROUNDING = 2.0**-24
+SUM_ROUNDINGS = 6
 
 
 class Result(NamedTuple):
@@ -225,7 +226,13 @@ def assert_rows_rounded_once(got, expected, float32s, factors, backend, what):
     assert got.shape == expected.shape
     row_scale = expected.abs().amax(-1, keepdim=True)
     torchs_error = (float32s - expected).abs().amax(-1, keepdim=True).nan_to_num()
-    allowed = rounding * expected.abs() + step + torchs_error + 2e-6 * row_scale + 4 * ONE_ROUNDING * factors[:, None]
+    allowed = (
+        rounding * expected.abs()
+        + step
+        + torchs_error
+        + 2e-6 * row_scale
+        + SUM_ROUNDINGS * ONE_ROUNDING * factors[:, None]
+    )
     excess = ((got - expected).abs() - allowed).nan_to_num(nan=torch.inf)
     worst = int(excess.argmax())
     assert excess.max() <= 0, (
@@ -265,7 +272,7 @@ def check_against_reference(
         factors = row_factors(targets, weights, upstream=upstream, **options)
         # The composition in float32 is the sharper yardstick where the logits are half: its loss is float32 as ours.
         float32s = run_torch(logits.float(), targets, weights, upstream=upstream, **options)
-        floor = ONE_ROUNDING * factors if confident else torch.zeros(1)
+        floor = 2 * ONE_ROUNDING * factors if confident else torch.zeros(1)
         assert_within_torch(got.loss, expected.loss, float32s.loss, "loss", floor.sum())
         assert_rows_rounded_once(got.gradient, expected.gradient, float32s.gradient, factors, backend, "gradient")
         interpreted_bf16 = INTERPRETED and backend == "triton" and logits.dtype == torch.bfloat16

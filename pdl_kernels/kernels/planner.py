@@ -14,11 +14,10 @@ KERNELS = (SINGLE_PASS, TWO_PASSES, SLICES)
 # Clusters (num_ctas > 1) whose reductions go through distributed shared memory: on sm_90 and later, from Triton 3.9 on.
 # 3.8 compiles the smaller half of them, 3.6 and 3.7 none.
 CLUSTER_CAPABILITY = (9, 0)
+HELD_CAPABILITY = (8, 0)  # NVIDIA; not tried elsewhere
 CLUSTER_TRITON = (3, 9)
 MAX_CLUSTER = 8  # programs; 16 exist, but not every device and launch takes them
-MIN_HELD_BYTES = (
-    16384  # of a row: below, a held row's fixed cost is most of its instructions, and a second read is near
-)
+MIN_HELD_BYTES = 16384  # of a row: below, fixed cost is most of its instructions and a second read finds it near
 # By bytes per logit: (warps of a program, (most columns of a thread, registers that hold them), ...), best first. Few
 # threads with many columns have the least fixed cost per column, and the columns that a multiprocessor holds at once
 # are the figure to maximise: the kernel waits for memory. 16-bit columns take half a register each. From machine code
@@ -28,7 +27,7 @@ HELD_SHAPES = {
     4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
 }
 COMFORTABLE = 200  # columns of a thread: more where no larger cluster exists
-EXTRA_REGISTERS = {"stats": 8, "z_loss": 16, "sm_100": 8}  # the most of those that apply
+EXTRA_REGISTERS = 8  # for statistics or z-loss, and on sm_100, whose code takes a little more
 
 
 class Device(NamedTuple):
@@ -114,17 +113,18 @@ def plan_held_row(
     z_loss: bool = False,
 ) -> RowLaunch | None:
     """How a row of 16-byte vectors is held on chip; None where it does not fit, or the compiler lacks what it takes."""
-    if device.capability < CLUSTER_CAPABILITY or vocab_size * itemsize < MIN_HELD_BYTES:
+    if device.capability < HELD_CAPABILITY or vocab_size * itemsize < MIN_HELD_BYTES:
         return None
-    max_ctas = MAX_CLUSTER if triton_version >= CLUSTER_TRITON else 1
+    clusters = device.capability >= CLUSTER_CAPABILITY and triton_version >= CLUSTER_TRITON
+    max_ctas = MAX_CLUSTER if clusters else 1
     for warps, shapes in HELD_SHAPES[itemsize]:
         threads = warps * device.warp_size
         ctas = min(next_power_of_two(-(-vocab_size // (min(shapes[-1][0], COMFORTABLE) * threads))), max_ctas)
         columns = -(-vocab_size // (ctas * threads))
         registers = next((count for most, count in shapes if columns <= most), None)
         if registers is not None:
-            applies = {"stats": stats, "z_loss": z_loss, "sm_100": device.capability >= (10, 0)}
-            registers += max(EXTRA_REGISTERS[name] * applies[name] for name in EXTRA_REGISTERS)
+            if (stats or z_loss or device.capability >= (10, 0)) and columns <= COMFORTABLE:
+                registers += EXTRA_REGISTERS
             return held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=registers, head=head)
     return None
 

@@ -126,17 +126,18 @@ def lane_maxima(chunks, dtype: tl.constexpr, VARIANT: tl.constexpr):
     cut off once, from the largest word, instead of from every word.
     """
     WORDS: tl.constexpr = VARIANT.vector // 2
+    CHUNKS: tl.constexpr = VARIANT.chunks
     if dtype == tl.bfloat16:
         lower = (chunks[0] << 16).to(tl.float32, bitcast=True)
         upper = chunks[0].to(tl.float32, bitcast=True)
-        for chunk in tl.static_range(1, VARIANT.chunks):
+        for chunk in tl.static_range(1, CHUNKS):
             lower = tl.maximum(lower, (chunks[chunk] << 16).to(tl.float32, bitcast=True))
             upper = tl.maximum(upper, chunks[chunk].to(tl.float32, bitcast=True))
         upper = (upper.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
         largest = tl.max(tl.reshape(tl.maximum(lower, upper), (VARIANT.lanes, WORDS)), 1)
     else:
         values = chunk_values(chunks[0], 16, -65536, dtype, VARIANT)
-        for chunk in tl.static_range(1, VARIANT.chunks):
+        for chunk in tl.static_range(1, CHUNKS):
             values = tl.maximum(values, chunk_values(chunks[chunk], 16, -65536, dtype, VARIANT))
         largest = tl.max(lane_view(values, VARIANT), 1)
     return largest
@@ -212,6 +213,7 @@ def single_pass_rows_kernel(
 ):  # fmt: skip
     """The arguments and results of loss_rows_kernel with a gradient; both strides over columns are 1."""
     SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    CHUNKS: tl.constexpr = VARIANT.chunks
     row = tl.program_id(0)
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
@@ -233,7 +235,7 @@ def single_pass_rows_kernel(
         # the reduction, and no block writes before that exchange.
         x_y = tl.load(logits_row + y.to(tl.int64)).to(tl.float32)
         chunks = ()
-        for chunk in tl.static_range(VARIANT.chunks):
+        for chunk in tl.static_range(CHUNKS):
             chunks = chunks + (load_chunk(interior, columns, chunk, VARIANT),)
         # x decides the maximum: the transform is increasing. It starts at the lowest finite value and not at -inf, as
         # in row_max_and_sum.
@@ -256,7 +258,7 @@ def single_pass_rows_kernel(
         first, index = chunk_columns(VARIANT)
         held = ()
         sums = tl.full((SIZE,), 0.0, tl.float32)
-        for chunk in tl.static_range(VARIANT.chunks):
+        for chunk in tl.static_range(CHUNKS):
             x = chunk_values(chunks[chunk], sixteen, upper_half, logits.dtype.element_ty, VARIANT)
             z = transformed(x, logit_scale, softcap, VARIANT)
             if VARIANT.softcap and chunk >= VARIANT.full_chunks:
@@ -283,7 +285,11 @@ def single_pass_rows_kernel(
         log_sum = LN2 * tl.math.log2(row_sum)
         weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
         smoothing = tl.full((), 0.0, tl.float32)
-        if active:
+        writes = active
+        if VARIANT.z_loss:
+            # Always true, which the compiler cannot know: without a branch here it spills.
+            writes = active & (rows > 0)
+        if writes:
             common = 0.0  # what the smoothing and z-loss terms add to every column's factor
             if VARIANT.smoothing:
                 common += smoothing_factor * weight_total
@@ -296,7 +302,7 @@ def single_pass_rows_kernel(
             else:
                 scales = factor * row_correction
             smoothing_sums = tl.full((SIZE,), 0.0, tl.float32)
-            for chunk in tl.static_range(VARIANT.chunks):
+            for chunk in tl.static_range(CHUNKS):
                 if VARIANT.hold_exps:
                     x = held[chunk]  # not looked at: neither smoothing nor a transform of the logits
                     terms = held[chunk] * scales

@@ -1,0 +1,194 @@
+"""Which kernel is launched, by sizes, device and Triton version; and what happens where it cannot be compiled."""
+
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from pdl_kernels import pdl_cross_entropy
+from pdl_kernels.kernels import launch, planner
+from pdl_kernels.kernels.planner import SINGLE_PASS, SLICES, TWO_PASSES, Device
+
+H200 = Device(132, 32, True, (9, 0))
+B200 = Device(148, 32, True, (10, 0))
+A100 = Device(108, 32, True, (8, 0))
+MI300X = Device(304, 64, False)
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+
+
+def kernels(*arguments, **options):
+    return [plan.kernel for plan in planner.plan_loss_and_gradient(*arguments, **options)]
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_rows_are_held_where_clusters_compile(vocab_size, itemsize):
+    for device in (H200, B200):
+        assert kernels(4096, vocab_size, itemsize, device, (3, 9)) == [SINGLE_PASS, TWO_PASSES]
+    assert kernels(4096, vocab_size, itemsize, MI300X, (3, 9)) == [TWO_PASSES]
+
+
+@pytest.mark.parametrize(
+    ("device", "triton_version"), [(H200, (3, 6)), (H200, (3, 7)), (B200, (3, 8)), (A100, (3, 6)), (A100, (3, 9))]
+)
+def test_without_clusters_what_one_program_holds_is_held(device, triton_version):
+    assert kernels(4096, 32000, 2, device, triton_version) == [SINGLE_PASS, TWO_PASSES]
+    assert planner.plan_held_row(32000, 2, device, triton_version).ctas == 1
+    assert kernels(4096, 16384, 4, device, triton_version) == [SINGLE_PASS, TWO_PASSES]
+    for vocab_size in VOCABULARIES[1:]:
+        assert kernels(4096, vocab_size, 2, device, triton_version) == [TWO_PASSES]
+
+
+def test_newer_tritons_are_like_the_newest_known():
+    assert planner.plan_held_row(128256, 2, H200, (4, 0)) == planner.plan_held_row(128256, 2, H200, (3, 9))
+
+
+@pytest.mark.parametrize("options", [{"smoothing": True}, {"transform": True}, {"vectors": False}])
+def test_what_does_not_fit_beside_a_held_row_is_read_twice(options):
+    assert kernels(4096, 128256, 2, H200, (3, 9), **options) == [TWO_PASSES]
+
+
+def test_short_rows_are_read_twice():
+    assert kernels(4096, 1000, 2, H200, (3, 9)) == [TWO_PASSES]
+    assert planner.plan_held_row(8191, 2, H200, (3, 9)) is None
+    assert planner.plan_held_row(8192, 2, H200, (3, 9)).ctas == 1
+
+
+def test_rows_that_fill_the_device_as_clusters_are_held_and_fewer_are_sliced():
+    assert kernels(16, 128256, 2, H200, (3, 9)) == [SLICES]
+    assert kernels(33, 128256, 2, H200, (3, 9)) == [SINGLE_PASS, SLICES]
+    assert kernels(264, 128256, 2, H200, (3, 9)) == [SINGLE_PASS, TWO_PASSES]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("vocab_size", [8192, 8197, 25600, 32000, 50257, 65537, 128256, 151936, 200019, 262143, 262144])
+def test_a_held_row_fits(vocab_size, itemsize, head):
+    plan = planner.plan_held_row(vocab_size, itemsize, H200, (3, 9), head=head)
+    vector = 16 // itemsize
+    size = plan.lanes * vector
+    assert plan.lanes == plan.ctas * plan.warps * 32
+    assert plan.ctas in (1, 2, 4, 8)
+    assert (plan.chunks - 1) * size < vocab_size <= plan.chunks * size
+    # Full chunks are loaded without a mask: they must lie inside the shortest interior, whatever the row's head is.
+    for start in range(vector if head else 1):
+        columns = (vocab_size - start) // vector * vector
+        assert plan.full_chunks * size <= columns
+    assert plan.chunks - plan.full_chunks <= 2
+    assert plan.registers <= 255
+    assert plan.registers % 8 == 0
+
+
+def test_rows_that_fit_no_cluster_are_read_twice():
+    assert planner.plan_held_row(8 * 128 * 256 + 1, 2, H200, (3, 9)) is None
+    assert planner.plan_held_row(8 * 256 * 128 + 1, 4, H200, (3, 9)) is None
+
+
+def test_registers_grow_with_what_is_asked():
+    plain = planner.plan_held_row(128256, 2, H200, (3, 9)).registers
+    assert planner.plan_held_row(128256, 2, H200, (3, 9), stats=True).registers == plain + 8
+    assert planner.plan_held_row(128256, 2, H200, (3, 9), stats=True, z_loss=True).registers == plain + 8
+    assert planner.plan_held_row(128256, 2, B200, (3, 9)).registers == plain + 8
+
+
+def test_compile_options_of_a_cluster():
+    plan = planner.plan_held_row(128256, 2, H200, (3, 9))
+    assert launch.row_compile_options(plan, True) == {
+        "num_warps": 4,
+        "num_ctas": 8,
+        "maxnreg": 96,
+        "enable_fp_fusion": True,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A Triton that cannot compile the plan
+
+
+def make_inputs():
+    return torch.randn(4, 300, requires_grad=True), torch.randint(300, (4,)), torch.rand(300)
+
+
+@pytest.fixture
+def _held_plans(monkeypatch):
+    """Plans as on a device with clusters, in the interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("plans are stubbed for the interpreter")
+    held = planner.held_row(300, 4, warps=1, ctas=1, registers=None, head=False)
+    two_passes = planner.plan_rows(planner.MANY_ROWS, 300, 4, 8, two_passes=True)
+    monkeypatch.setattr(planner, "plan_loss_and_gradient", lambda *_, **__: [held, two_passes])
+    monkeypatch.setattr(launch, "_refused", set())
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.launches += 1
+            raise self.error
+
+        return run
+
+
+@pytest.mark.usefixtures("_held_plans")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("PassManager::run failed"), launch.TritonError("out of resource: registers")], ids=type
+)
+def test_the_next_choice_is_taken_with_one_warning(monkeypatch, error):
+    failing = Failing(error)
+    monkeypatch.setattr(launch, "single_pass_rows_kernel", failing)
+    logits, targets, weights = make_inputs()
+    expected = pdl_cross_entropy(logits, targets, weights, backend="eager")
+    with pytest.warns(UserWarning, match=f"cannot compile the single-pass kernel .{error}"):
+        got = pdl_cross_entropy(logits, targets, weights, backend="triton")
+    torch.testing.assert_close(got, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = pdl_cross_entropy(logits, targets, weights, backend="triton")
+    assert torch.equal(again, got)
+    assert failing.launches == 1, "a plan that failed is not tried again"
+    torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(expected, logits))
+
+
+@pytest.mark.usefixtures("_held_plans")
+def test_other_errors_are_not_taken_for_the_compilers(monkeypatch):
+    monkeypatch.setattr(launch, "single_pass_rows_kernel", Failing(RuntimeError("CUDA error: an illegal access")))
+    logits, targets, weights = make_inputs()
+    with pytest.raises(RuntimeError, match="illegal access"):
+        pdl_cross_entropy(logits, targets, weights, backend="triton")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PDL_KERNELS_FORCE_KERNEL
+
+
+def test_an_unknown_kernel_is_refused(monkeypatch):
+    monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", "fastest")
+    logits, targets, weights = make_inputs()
+    with pytest.raises(ValueError, match="PDL_KERNELS_FORCE_KERNEL is 'fastest'; accepted are single pass, two passes"):
+        pdl_cross_entropy(logits, targets, weights, backend="triton")
+
+
+@pytest.mark.parametrize("kernel", [SINGLE_PASS, TWO_PASSES])
+def test_forced_kernels_are_launched(monkeypatch, kernel):
+    if torch.cuda.is_available():
+        pytest.skip("launches are counted in the interpreter")
+    launched = []
+    for module, name in ((launch, "single_pass_rows_kernel"), (launch.kernels, "loss_rows_kernel")):
+        real = getattr(module, name)
+
+        class Counting:
+            def __getitem__(self, grid, real=real, name=name):
+                launched.append(name)
+                return real[grid]
+
+        monkeypatch.setattr(module, name, Counting())
+    monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", kernel)
+    logits, targets, weights = make_inputs()
+    pdl_cross_entropy(logits, targets, weights, backend="triton")
+    assert launched == [{SINGLE_PASS: "single_pass_rows_kernel", TWO_PASSES: "loss_rows_kernel"}[kernel]]
