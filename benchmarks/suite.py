@@ -14,7 +14,7 @@ from benchmarks.inputs import Case, Inputs, make_inputs
 from benchmarks.operations import Operation, Run
 from benchmarks.peers import OURS
 from benchmarks.peers.contender import Contender, first_line
-from benchmarks.peers.pdl import backend_of
+from benchmarks.peers.pdl import backend_of, rows_are_held
 from benchmarks.timing import OUT_OF_MEMORY, Lane, make_stopwatch, time_interleaved
 from benchmarks.traffic import floor_bytes, floor_flops, planned_linear_memory, planned_traffic
 
@@ -136,7 +136,8 @@ def _new_records(plan: Plan, case: Case, contender: Contender) -> list[Record]:
             planned_extra = planned_linear_memory(case, operation)
         elif contender.peer == OURS:
             backend = backend_of(plan.device.type)
-            traffic = planned_traffic(case, operation, backend=backend, inplace=contender.overwrites)
+            held = backend == "triton" and rows_are_held(case, plan.device)
+            traffic = planned_traffic(case, operation, backend=backend, inplace=contender.overwrites, held=held)
             planned = {**traffic._asdict(), "moved": traffic.moved}
         made.append(
             {

@@ -72,10 +72,11 @@ def planned_linear_memory(case: Case, operation: Operation) -> int:
     return max(chunk + packed + 4 * elements, 4 * elements + rounded + case.rows * case.hidden_size * case.itemsize)
 
 
-def planned_traffic(case: Case, operation: Operation, *, backend: str, inplace: bool) -> Traffic:
+def planned_traffic(case: Case, operation: Operation, *, backend: str, inplace: bool, held: bool = False) -> Traffic:
     """The plan of `pdl_kernels.ops.cross_entropy`: the gradient is formed in forward, for an upstream gradient of 1.
 
     Another upstream gradient forms it again, from the logits; or, in place, where the logits are gone, multiplies it.
+    `held`: the kernel keeps a row on chip between its sum and its gradient.
     """
     counted_bytes = case.counted * case.vocab_size * case.itemsize
     read = counted_bytes + case.rows * ROW_BYTES_READ
@@ -83,6 +84,8 @@ def planned_traffic(case: Case, operation: Operation, *, backend: str, inplace: 
     # The kernels walk a row once for its sum and once for its gradient. The eager backend keeps a piece's softmax
     # instead; of float32 logits it reads the piece again for the maximum, of others it takes that from its copy.
     walks = 2 if backend == "triton" or case.dtype == "float32" else 1
+    if held and operation.has_backward:
+        walks = 1
     if operation.upstream is None:
         walks = 1 if backend == "triton" else walks
         return Traffic(read, (walks - 1) * counted_bytes, written, 0, 0, logit_reads=walks, gradient_writes=0)

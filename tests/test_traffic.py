@@ -35,7 +35,7 @@ def contender(backend, inplace, loss=pdl_cross_entropy):
 class Counted:
     """One operation, run once while everything is counted."""
 
-    def __init__(self, monkeypatch, case, operation, *, backend, inplace, loss=pdl_cross_entropy):
+    def __init__(self, monkeypatch, case, operation, *, backend, inplace, loss=pdl_cross_entropy, held=False):
         self.case, self.backend = case, backend
         inputs = make_inputs(case, torch.device("cpu"))
         scratch = torch.empty_like(inputs.logits)
@@ -50,7 +50,7 @@ class Counted:
                 outcome = call()
         self.logits = scratch if inplace else inputs.logits
         self.gradient = outcome.gradient
-        self.plan = planned_traffic(case, operation, backend=backend, inplace=inplace)
+        self.plan = planned_traffic(case, operation, backend=backend, inplace=inplace, held=held)
 
     @property
     def large(self):
@@ -113,6 +113,18 @@ def test_bytes_are_those_of_the_plan(monkeypatch, backend, inplace, operation):
     counted = Counted(monkeypatch, CASES[backend], operation, backend=backend, inplace=inplace)
     assert_buffers(counted)
     assert_accesses(counted)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["new memory", "in place"])
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+def test_a_row_on_chip_is_read_once(monkeypatch, operation, inplace):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", "single pass")
+    counted = Counted(monkeypatch, CASES["triton"], operation, backend="triton", inplace=inplace, held=True)
+    assert_buffers(counted)
+    assert_accesses(counted)
+    if operation is TRAINING:
+        assert counted.logit_reads() == pytest.approx(1, abs=COUNTING_TOLERANCE)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)

@@ -290,7 +290,12 @@ def loss_plans(inputs: LossInputs, options: LossOptions, gradient: Tensor | None
     ]
 
 
-_refused: set[tuple[Any, ...]] = set()  # plans that this machine's Triton cannot compile
+_refused: set[tuple[tuple[int, int], RowLaunch]] = set()  # by capability: plans that Triton cannot compile
+
+
+def was_refused(plan: RowLaunch, device: Device) -> bool:
+    """Whether an earlier launch of this plan could not be compiled."""
+    return (device.capability, plan) in _refused
 
 
 def _compiles(plan: RowLaunch, device: Device, run: Callable[[], None]) -> bool:
@@ -298,15 +303,14 @@ def _compiles(plan: RowLaunch, device: Device, run: Callable[[], None]) -> bool:
     if plan.kernel != planner.SINGLE_PASS:
         run()
         return True
-    key = (device.capability, plan)
-    if key in _refused:
+    if was_refused(plan, device):
         return False
     try:
         run()
     except (TritonError, RuntimeError) as error:
         if not (isinstance(error, TritonError) or "PassManager" in str(error)):
             raise  # not the compiler
-        _refused.add(key)
+        _refused.add((device.capability, plan))
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"Triton {triton.__version__} cannot compile the single-pass kernel ({reason}); the two-pass kernel takes "

@@ -1,0 +1,187 @@
+"""Times every way to launch loss + gradient that the planner could choose, so that it can be set from measurements.
+
+    python -m benchmarks.sweep --out benchmarks/results/h200/sweep.json        on a GPU, in less than 10 minutes
+
+For every shape and dtype: the planner's own choice, the two-pass kernel, and rows held on chip by clusters of 1 to 16
+blocks of 4 or 8 warps with several limits on registers. One JSON record per candidate, written as they come; a table of
+the best ones against the planner's choice at the end. Ctrl-C and the end of the time keep what was measured.
+
+Exit status: 0; 2 without a GPU, or for input that cannot be used; 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks import environment
+from benchmarks.inputs import DTYPES, Case, make_inputs
+from benchmarks.shapes import VOCABULARIES, misfit
+from benchmarks.timing import make_stopwatch, summarize
+from pdl_kernels import files
+from pdl_kernels.kernels import launch, planner
+from pdl_kernels.kernels.planner import Device, RowLaunch
+from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
+from pdl_kernels.options import LossInputs, LossOptions
+
+ROWS = (4096, 512, 16384)  # what matters most comes first
+CLUSTERS = (1, 2, 4, 8, 16)
+REGISTERS = {2: (80, 96, 112, 128, 168, 192), 4: (96, 112, 128, 168, 192)}  # by bytes per logit
+MOST_COLUMNS = {2: 256, 4: 128}  # of a thread
+FEWEST_COLUMNS = 32
+ROUNDS = 7
+
+
+def candidates(case: Case, device: Device, triton_version: tuple[int, int]) -> list[RowLaunch]:
+    """The planner's choices first, then every other shape of a held row that could be worth its registers."""
+    head = case.vocab_size % (planner.VECTOR_BYTES // case.itemsize) != 0
+    found = planner.plan_loss_and_gradient(case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head)
+    clusters = device.capability >= planner.CLUSTER_CAPABILITY and triton_version >= planner.CLUSTER_TRITON
+    for ctas in CLUSTERS if clusters else (1,):
+        for warps in (4, 8, 16):
+            columns = case.vocab_size / (ctas * warps * device.warp_size)
+            if not FEWEST_COLUMNS <= columns <= MOST_COLUMNS[case.itemsize]:
+                continue
+            needed = columns * case.itemsize / 4 + 32  # held columns, and what the arithmetic needs at least
+            enough = [count for count in REGISTERS[case.itemsize] if count >= needed]
+            for registers in [count for count in enough if warps * count <= 2048][:3]:
+                found.append(
+                    planner.held_row(
+                        case.vocab_size, case.itemsize, warps=warps, ctas=ctas, registers=registers, head=head
+                    )
+                )
+    return list(dict.fromkeys(found))
+
+
+def time_candidate(
+    inputs: LossInputs, gradient: torch.Tensor, plan: RowLaunch, stopwatch: Callable[[Callable[[], object]], float]
+) -> list[float] | str:
+    """Seconds of the row kernel alone, or why there are none."""
+    options = LossOptions()
+    scalars, _ = launch.denominators(inputs, options)
+    with mock.patch.object(launch, "loss_plans", return_value=[plan]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            launch.loss_rows(inputs, options, scalars, gradient)
+            if launch.was_refused(plan, launch.device_of(inputs.logits.device)):
+                return "cannot be compiled"
+            return [stopwatch(lambda: launch.loss_rows(inputs, options, scalars, gradient)) for _ in range(ROUNDS)]
+        except Exception as error:  # a launch that the device refuses, such as a cluster of 16, is a result
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def cases(dtypes: list[str], vocabularies: list[int], rows: list[int]) -> Iterator[Case]:
+    for dtype in dtypes:
+        for count in rows:
+            for vocab_size in vocabularies:
+                yield Case(count, vocab_size, dtype)
+
+
+def sweep(
+    chosen: list[Case], device: torch.device, seconds: float, save: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    deadline = time.monotonic() + seconds
+    stopwatch = make_stopwatch(device)
+    records: list[dict[str, Any]] = []
+    described = launch.device_of(device)
+    progress = tqdm(chosen, desc="sweep", unit="shape")
+    try:
+        for case in progress:
+            if misfit(case, device) is not None:
+                continue
+            made = make_inputs(case, device)
+            logits = as_rows(made.logits)
+            inputs = LossInputs(logits, made.targets, made.weights, None, None)
+            gradient = empty_gradient(logits)
+            for number, plan in enumerate(candidates(case, described, launch.TRITON_VERSION)):
+                if time.monotonic() > deadline:
+                    return
+                progress.set_postfix_str(f"{case}: {plan.kernel}, {plan.ctas} x {plan.warps} warps")
+                timed = time_candidate(inputs, gradient, plan, stopwatch)
+                failed = isinstance(timed, str)
+                outcome = {"problem": timed if failed else None, "seconds": [] if failed else timed}
+                records.append({**case._asdict(), "plan": plan._asdict(), "planned": number == 0, **outcome})
+            save(records)
+    finally:  # also after Ctrl-C and at the end of the time
+        progress.close()
+        if records:
+            save(records)
+
+
+def best(records: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(shape, the planner's record, the fastest one) of every shape whose planned launch was timed."""
+    shapes: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["seconds"]:
+            shapes.setdefault(f"{record['rows']} x {record['vocab_size']} {record['dtype']}", []).append(record)
+    found = []
+    for name, timed in shapes.items():
+        planned = next((record for record in timed if record["planned"]), None)
+        if planned is not None:
+            found.append((name, planned, min(timed, key=lambda record: summarize(record["seconds"]).median)))
+    return found
+
+
+def print_best(records: list[dict[str, Any]], console: Console) -> None:
+    table = Table(title="loss + gradient: the planner's choice and the fastest candidate")
+    for column in ("shape", "planned", "GB/s", "fastest", "GB/s"):
+        table.add_column(column, justify="right" if column == "GB/s" else "left")
+    for name, planned, fastest in best(records):
+        table.add_row(name, *_shown(planned), *_shown(fastest))
+    console.print(table)
+
+
+def _shown(record: dict[str, Any]) -> tuple[str, str]:
+    plan = record["plan"]
+    shape = f"{plan['kernel']}, {plan['ctas']} x {plan['warps']} warps, {plan['registers']} registers"
+    moved = 2 * record["rows"] * record["vocab_size"] * DTYPES[record["dtype"]].itemsize
+    return shape, f"{moved / summarize(record['seconds']).median / 1e9:.0f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bfloat16", "float32", "float16"])
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=540.0, help="stop after so many (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file; an existing one is refused")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("python -m benchmarks.sweep: torch sees no GPU, and interpreted kernels have no speed", file=sys.stderr)
+        return 2
+    if chosen.out.exists():
+        print(f"python -m benchmarks.sweep: --out {chosen.out} exists; name another file", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[dict[str, Any]] = []
+
+    def save(records: list[dict[str, Any]]) -> None:
+        kept[:] = records
+        document = {"triton": triton.__version__, "environment": environment.describe(device, []), "records": records}
+        files.replace_file(chosen.out, json.dumps(document, indent=1).encode())
+
+    status = 0
+    try:
+        sweep(list(cases(chosen.dtypes, chosen.vocabularies, chosen.rows)), device, chosen.seconds, save)
+    except KeyboardInterrupt:
+        status = 130
+    print_best(kept, Console())
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
