@@ -173,9 +173,10 @@ def adjust(
     if inputs is not None and row_state is not None and scalars is not None:
         backward(inputs, options, row_state, scalars, upstream, gradient)
         return
-    for block in gradient.unbind(0):  # (rows_inner, V) each: no temporary of the gradient's size
-        # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
-        block.copy_(torch.where(block == 0, 0, block * upstream))
+    for block in gradient.unbind(0):  # (rows_inner, V)
+        for piece in block.split(_piece_rows(gradient)):  # no temporary of the gradient's size
+            # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
+            piece.copy_(torch.where(piece == 0, 0, piece * upstream))
 
 
 def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:

@@ -197,6 +197,8 @@ class Run:
 
     def finish(self, gradients: Gradients, index: Tensor | None, upstream: Tensor | None) -> list[Tensor | None]:
         """Gradients times the 0-d `upstream`, in the parameters' dtypes and shapes. The input is used up."""
+        if index is not None and index.numel() == 0:
+            upstream = None  # 0 * inf must not appear
         finished: list[Tensor | None] = []
         for number, (gradient, parameter) in enumerate(zip(gradients, self.inputs[:3], strict=True)):
             if gradient is None or parameter is None:
