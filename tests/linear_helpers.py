@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from helpers import INTERPRETED, assert_stats, assert_within_torch, compose, make_targets, stored_rounding
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pdl_kernels import LossStats, pdl_linear_cross_entropy
 from reference.pdl import ReferenceStats, reference_cross_entropy
@@ -210,3 +212,30 @@ class Products(TorchDispatchMode):
     def weight_rows(self):
         H, V = self.sizes
         return sum(k for m, k, n in self.shapes if (m, n) == (V, H))
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the storages that torch's operations make, while they live; what was there before is not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = {}  # storage's address: (weak reference, bytes)
+        self.peak = 0  # bytes
+        self.largest = 0  # bytes of the largest storage
+        self.known = set()  # addresses of what was there before
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        for tensor in tree_leaves((arguments, keywords)):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.live:
+                self.known.add(tensor.untyped_storage()._cdata)
+        outputs = function(*arguments, **keywords)
+        self.live = {address: entry for address, entry in self.live.items() if not entry[0].expired()}
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                    self.largest = max(self.largest, storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return outputs
