@@ -190,7 +190,7 @@ def test_functorch_transforms_raise(transform, number, device):
         else:
             getattr(torch.func, transform)(loss)(x) if transform != "vjp" else torch.func.vjp(loss, x)
 
-    with pytest.raises(RuntimeError, match=r"pdl_linear_cross_entropy does not support|functorch"):
+    with pytest.raises(RuntimeError, match="pdl_linear_cross_entropy does not support"):
         call()
 
 
@@ -269,11 +269,11 @@ def test_activation_checkpointing(use_reentrant, reduction, upstream, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_as_a_linear_would(backend, cast, reduction, device):
-    """float32 tensors under autocast: the numbers of the rounded ones, gradients of float32 that are as good as torch's."""
+    """float32 tensors under autocast: the numbers of the rounded ones, and float32 gradients."""
     rows = rows_for(backend)
     problem = make_problem(rows, device=device, ignored=(1,))
     upstream = torch.linspace(-1, 2, rows) if reduction == "none" else 3.0
-    options = {"reduction": reduction, "upstream": upstream, "chunk_size": 3}
+    options = {"reduction": reduction, "upstream": upstream}
     with torch.autocast(device.type, dtype=cast):
         got = run_linear(backend, problem, **options)
         logits_like = F.linear(*problem[:3])
@@ -313,7 +313,7 @@ def test_autocast_with_mixed_dtypes(device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         loss_of("eager", (hidden, weight, bias), problem.targets).backward()
     assert [t.grad.dtype for t in (hidden, weight, bias)] == [torch.bfloat16, torch.float32, torch.float32]
-    with pytest.raises(TypeError, match="lm_head_weight is torch.float32 and hidden torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"lm_head_weight is torch\.float32 and hidden torch\.bfloat16"):
         loss_of("eager", (hidden, weight, bias), problem.targets)
 
 
