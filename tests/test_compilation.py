@@ -50,7 +50,15 @@ def test_every_kernel_is_compiled_for_every_target(compiled):
     source = (ROOT / "pdl_kernels/kernels/cross_entropy.py").read_text()
     kernels = {line.split("(")[0].removeprefix("def ") for line in source.splitlines() if "_kernel(" in line}
     for target in TARGETS:
-        assert {variant["kernel"] for variant in compiled if variant["target"] == target} == kernels
+        held = {"single_pass_rows_kernel"} if target in ("sm_90", "sm_100") else set()
+        assert {variant["kernel"] for variant in compiled if variant["target"] == target} == kernels | held
+
+
+def test_a_held_row_is_exchanged_once(compiled):
+    held = [variant for variant in compiled if variant["kernel"] == "single_pass_rows_kernel"]
+    assert {variant["vocab_size"] for variant in held} >= {32000, 50257, 128256, 151936, 262144}
+    for variant in held:
+        assert variant["cluster_fences"] == (2 if variant["programs_per_cluster"] > 1 else 0), name(variant)
 
 
 def test_no_kernel_spills(compiled):
@@ -59,7 +67,7 @@ def test_no_kernel_spills(compiled):
 
 def test_rows_are_read_and_written_sixteen_bytes_at_a_time(compiled):
     aligned = [variant for variant in compiled if variant["aligned"]]
-    assert {variant["kernel"] for variant in aligned} == set(ROW_KERNELS)
+    assert {variant["kernel"] for variant in aligned} == {*ROW_KERNELS, "single_pass_rows_kernel"}
     for variant in aligned:
         for walk in variant["walks"]:
             assert not walk["narrow"], name(variant)
@@ -69,7 +77,7 @@ def test_rows_are_read_and_written_sixteen_bytes_at_a_time(compiled):
                 assert walk["store_bytes"] == 16, name(variant)
         # The target column and its neighbours' edges are all that may be narrow: a handful, not a tile.
         single = sum(one["instructions"] for one in variant["accesses"] if one["bytes"] == 2)
-        assert single <= 3 * 8, name(variant)
+        assert single <= (3 if variant["kernel"] != "single_pass_rows_kernel" else 4) * 8, name(variant)
 
 
 def test_all_stores_of_a_row_have_one_layout(compiled):
@@ -83,10 +91,11 @@ def test_exponentials_take_one_fused_multiply_add(compiled):
     plain = [
         variant
         for variant in compiled
-        if (variant["kernel"], variant["call"], variant["options"], variant["layout"], variant["vocab_size"])
-        == ("loss_rows_kernel", "loss + gradient", "plain", "", 128256)
+        if (variant["kernel"], variant["call"], variant["options"], variant["vocab_size"])
+        == ("loss_rows_kernel", "loss + gradient", "plain", 128256)
+        and variant["layout"] in ("", "two passes")
     ]
-    assert len(plain) == 12
+    assert len(plain) == 8  # on sm_90 and sm_100 only bfloat16 rows are forced to be read twice
     for variant in plain:
         first, second = variant["walks"]
         assert variant["fused_multiply_add"] >= first["elements"] + second["elements"], name(variant)

@@ -1,201 +1,251 @@
-"""The loss fused with the output projection: values, gradients, packing, sampling, compilation."""
+"""What the fused linear loss refuses, and its module."""
 
 import pytest
 import torch
+from helpers import make_weights
+from linear_helpers import H, V, make_problem, make_token_weights
 
-import reference
 from pdl_kernels import PDLLinearCrossEntropyLoss, pdl_linear_cross_entropy
-from pdl_kernels.ops.linear_chunks import plan_chunk
-from pdl_kernels.ops.products import BLOCK, add_product
 
-N, H, V = 23, 16, 77
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of the largest element
+N = 6
 
-
-def make(dtype=torch.float32, rows=N):
-    hidden = torch.randn(rows, H).to(dtype).requires_grad_()
-    weight = (0.3 * torch.randn(V, H)).to(dtype).requires_grad_()
-    bias = torch.randn(V).to(dtype).requires_grad_()
-    targets = torch.randint(V, (rows,))
-    return hidden, weight, bias, targets
-
-
-def relative_error(value, expected):
-    return ((value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-
-
-OPTIONS = {
-    "plain": {},
-    "smoothing and z-loss": {"label_smoothing": 0.1, "z_loss": 1e-3},
-    "softcap, scale and statistics": {"softcap": 5.0, "logit_scale": 1.5, "return_stats": True},
-    "not compact": {"compact": False},
-    "chunks of 7": {"chunk_size": 7},
-}
+WRONG = [
+    # options
+    ({"chunk_size": 0}, ValueError, ["chunk_size is 0", ">= 1"]),
+    ({"chunk_size": 2.0}, TypeError, ["chunk_size is a float", "integer"]),
+    ({"chunk_size": True}, TypeError, ["chunk_size is a bool"]),
+    ({"accumulate_dtype": torch.int32}, TypeError, ["accumulate_dtype is torch.int32", "torch.float32"]),
+    ({"accumulate_dtype": "float32"}, TypeError, ["accumulate_dtype is 'float32'"]),
+    ({"compact": 1}, TypeError, ["compact is a int", "None"]),
+    ({"row_sampling": 1.0}, ValueError, ["row_sampling is 1.0", "< 1"]),
+    ({"row_sampling": "0.1"}, TypeError, ["row_sampling is a str"]),
+    ({"row_sampling": 0.1, "z_loss": 0.1}, ValueError, ["row_sampling", "z_loss 0.1"]),
+    ({"row_sampling": 0.1, "compact": False}, ValueError, ["row_sampling", "compact=None"]),
+    ({"reduction": "avg"}, ValueError, ["reduction is 'avg'", "'token_mean'"]),
+    ({"backend": "cuda"}, ValueError, ["backend is 'cuda'", "'eager'"]),
+    ({"label_smoothing": 1.5}, ValueError, ["label_smoothing is 1.5"]),
+    ({"z_loss": -1.0}, ValueError, ["z_loss is -1.0"]),
+    ({"softcap": 0.0}, ValueError, ["softcap is 0.0"]),
+    ({"logit_scale": 0.0}, ValueError, ["logit_scale is 0.0"]),
+    ({"ignore_index": 1.0}, TypeError, ["ignore_index is a float"]),
+]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_against_float64(dtype, reduction, options, backend, device):
-    hidden, weight, bias, targets = make(dtype)
-    targets[3] = targets[9] = -100
-    table, token_weights = 2 * torch.rand(V), torch.randn(N)
-    table[targets[5]] = 0
-    on = [t.detach().to(device).requires_grad_() for t in (hidden, weight, bias)]
-    result = pdl_linear_cross_entropy(
-        on[0], on[1], targets.to(device), table.to(device), bias=on[2], token_weights=token_weights.to(device),
-        reduction=reduction, backend=backend, **options,
-    )  # fmt: skip
-    loss = result[0] if isinstance(result, tuple) else result
-    upstream = torch.randn(N) if reduction == "none" else torch.tensor(1 / 3)
-    gradients = torch.autograd.grad(loss, on, upstream.to(device), retain_graph=True)
-    again = torch.autograd.grad(loss, on, upstream.to(device))
-    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
-
-    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
-    known = {k: v for k, v in options.items() if k in ("label_smoothing", "z_loss", "softcap", "logit_scale")}
-    expected, stats = reference.reference_cross_entropy(
-        exact[0] @ exact[1].T + exact[2], targets, table, token_weights=token_weights, reduction=reduction, **known
-    )
-    expected_gradients = torch.autograd.grad(expected, exact, upstream.double())
-    for value, right in zip((loss, *gradients), (expected, *expected_gradients), strict=True):
-        assert relative_error(value.detach().cpu(), right.detach()) <= TOLERANCE[dtype]
-    if isinstance(result, tuple):
-        assert result[1].nll.item() == pytest.approx(stats.nll.item(), rel=3 * TOLERANCE[dtype])
-        assert result[1].token_count.item() == stats.token_count.item()
+def words_of(case):
+    return case[2][0]
 
 
-@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
-def test_gradients_only_where_needed(needs, backend, device):
-    tensors = [t.detach().to(device).requires_grad_(bool(n)) for t, n in zip(make()[:3], needs, strict=True)]
-    targets = torch.randint(V, (N,), device=device)
-    loss = pdl_linear_cross_entropy(tensors[0], tensors[1], targets, bias=tensors[2], chunk_size=5, backend=backend)
-    assert loss.requires_grad == any(needs)
-    if any(needs):
-        loss.backward()
-    assert [t.grad is not None for t in tensors] == [bool(n) for n in needs]
+def assert_refused(error, words, call):
+    with pytest.raises(error) as raised:
+        call()
+    assert raised.type is error, raised.value
+    for word in words:
+        assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("compact", [None, True, False])
-def test_rows_that_do_not_count_may_hold_nan(compact, backend, device):
-    hidden, weight, _, targets = make()
-    targets[[2, 7, 8]] = -100
-    with torch.no_grad():
-        hidden[[2, 7, 8]] = float("nan")
-    on = [t.detach().to(device).requires_grad_() for t in (hidden, weight)]
-    pdl_linear_cross_entropy(*on, targets.to(device), compact=compact, backend=backend).backward()
-    kept = targets != -100
-    clean = [t.detach().clone().requires_grad_() for t in (hidden[kept], weight)]
-    torch.nn.functional.cross_entropy(clean[0] @ clean[1].T, targets[kept]).backward()
-    torch.testing.assert_close(on[1].grad.cpu(), clean[1].grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(on[0].grad.cpu()[kept], clean[0].grad, rtol=1e-5, atol=1e-7)
-    assert (on[0].grad.cpu()[~kept] == 0).all()
-
-
-def test_nothing_counted(backend, device):
-    hidden, weight, _, _ = (t.detach().to(device) for t in make())
-    hidden.requires_grad_()
-    loss = pdl_linear_cross_entropy(hidden, weight, torch.full((N,), -100, device=device), backend=backend)
-    loss.backward()
-    assert loss.item() == 0
-    assert (hidden.grad == 0).all()
-
-
-def test_the_compiler_sees_one_operator():
-    hidden, weight, _, targets = make()
-    compiled = torch.compile(pdl_linear_cross_entropy, fullgraph=True, backend="aot_eager")
-    for reduction in ("mean", "none"):
-        losses = [f(hidden, weight, targets, reduction=reduction) for f in (compiled, pdl_linear_cross_entropy)]
-        first, second = (torch.autograd.grad(0.5 * loss.sum(), (hidden, weight)) for loss in losses)
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-        for a, b in zip(first, second, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
-
-
-def test_float16_gradients_survive_loss_scaling():
-    """At 1 / denominator they are below float16's smallest number; their products are not formed there."""
-    hidden, weight, _, targets = make(torch.float16)
-    loss = pdl_linear_cross_entropy(hidden, weight, targets, normalizer=1e6)
-    gradient = torch.autograd.grad(loss, weight, torch.tensor(65536.0))[0]
-    exact = weight.detach().double().requires_grad_()
-    logits = hidden.detach().double() @ exact.T
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / 1e6
-    right = torch.autograd.grad(expected, exact)[0] * 65536
-    assert relative_error(gradient, right) < 2e-3
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_row_sampling_is_unbiased(reduction):
-    hidden, weight, _, targets = make(rows=60)
-    table = 10 * torch.rand(V) ** 6
-    exact_loss = pdl_linear_cross_entropy(hidden, weight, targets, table, reduction=reduction)
-    exact = torch.autograd.grad(exact_loss.sum(), (hidden, weight))
-    mean = [torch.zeros_like(t) for t in exact]
-    seeds = 400
-    for seed in range(seeds):
-        loss = pdl_linear_cross_entropy(
-            hidden, weight, targets, table, reduction=reduction, row_sampling=0.2, seed=seed
-        )
-        assert torch.allclose(loss, exact_loss, rtol=1e-5)
-        for total, gradient in zip(mean, torch.autograd.grad(loss.sum(), (hidden, weight)), strict=True):
-            total += gradient / seeds
-    for a, b in zip(mean, exact, strict=True):
-        assert relative_error(a, b.double()) < 5e-3
-
-
-def test_double_backward_is_refused():
-    hidden, weight, _, targets = make()
-    loss = pdl_linear_cross_entropy(hidden, weight, targets)
-    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("who", ["function", "module"])
+@pytest.mark.parametrize("case", WRONG, ids=words_of)
+def test_wrong_options(who, case, device):
+    options, error, words = case
+    hidden, weight, _, targets = make_problem(N, device=device)
+    if who == "function":
+        assert_refused(error, words, lambda: pdl_linear_cross_entropy(hidden, weight, targets, **options))
+    else:
+        assert_refused(error, words, lambda: PDLLinearCrossEntropyLoss(**options))
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    "case",
     [
-        ({"chunk_size": 0}, ValueError, "chunk_size is 0"),
-        ({"row_sampling": 1.0}, ValueError, "row_sampling is 1.0"),
-        ({"row_sampling": 0.1, "z_loss": 0.1}, ValueError, "z_loss"),
-        ({"accumulate_dtype": torch.int32}, TypeError, "accumulate_dtype"),
-        ({"lm_head_weight": torch.nn.Linear(H, V)}, TypeError, "module.weight"),
-        ({"lm_head_weight": torch.empty(0)}, ValueError, "no elements"),
-        ({"lm_head_weight": torch.zeros(V, H, dtype=torch.bfloat16)}, TypeError, "one dtype for all"),
-        ({"lm_head_weight": torch.zeros(V, H + 1)}, ValueError, "hidden has shape"),
-        ({"weight": torch.ones(V)}, TypeError, "torch's weight= is called weights="),
+        ({"normalizer": -1.0}, ValueError, ["normalizer is -1.0"]),
+        ({"normalizer": 2.0, "reduction": "sum"}, ValueError, ["normalizer is given with reduction='sum'"]),
+        ({"normalizer": torch.ones(2)}, ValueError, ["normalizer has shape (2,)"]),
+        ({"seed": "1"}, ValueError, ["seed is '1'"]),
+        ({"weight": torch.ones(V)}, TypeError, ["torch's weight= is called weights= here"]),
+        ({"inplace": True}, TypeError, ["unexpected keyword argument 'inplace'"]),
     ],
+    ids=words_of,
 )
-def test_errors(change, error, message):
-    hidden, weight, _, targets = make()
+def test_wrong_arguments(case, device):
+    options, error, words = case
+    hidden, weight, _, targets = make_problem(N, device=device)
+    assert_refused(error, words, lambda: pdl_linear_cross_entropy(hidden, weight, targets, **options))
+
+
+SHAPES_AND_DTYPES = [
+    ({"hidden": torch.zeros(N, H + 1)}, ValueError, ["hidden has shape (6, 9)", "(37, 8)", "(..., 8)"]),
+    ({"hidden": torch.tensor(1.0)}, ValueError, ["hidden has shape ()"]),
+    ({"hidden": torch.zeros(N, H, dtype=torch.int64)}, TypeError, ["hidden is torch.int64", "bfloat16"]),
+    ({"hidden": [0.0]}, TypeError, ["hidden is a list"]),
+    ({"lm_head_weight": torch.zeros(V)}, ValueError, ["lm_head_weight has shape (37,)", "(V, H)"]),
+    ({"lm_head_weight": torch.zeros(2, V, H)}, ValueError, ["lm_head_weight has shape (2, 37, 8)"]),
+    (
+        {"lm_head_weight": torch.zeros(V, H, dtype=torch.bfloat16)},
+        TypeError,
+        ["lm_head_weight is torch.bfloat16 and hidden torch.float32", "autocast"],
+    ),
+    ({"lm_head_weight": torch.zeros(V, H, dtype=torch.int32)}, TypeError, ["lm_head_weight is torch.int32"]),
+    ({"bias": torch.zeros(V + 1)}, ValueError, ["bias has shape (38,)", "(37,)"]),
+    ({"bias": torch.zeros(V, 1)}, ValueError, ["bias has shape (37, 1)"]),
+    ({"bias": torch.zeros(V).half()}, TypeError, ["bias is torch.float16 and hidden torch.float32"]),
+    ({"bias": 0.0}, TypeError, ["bias is a float"]),
+    ({"targets": torch.zeros(N + 1, dtype=torch.int64)}, ValueError, ["targets have shape (7,)", "(6,)"]),
+    ({"targets": torch.zeros(N)}, TypeError, ["targets are torch.float32", "int64"]),
+    ({"targets": None}, TypeError, ["targets is a NoneType"]),
+    ({"weights": torch.ones(V + 1)}, ValueError, ["weights have shape (38,)", "longer than the tokenizer"]),
+    ({"weights": torch.ones(V, dtype=torch.int64)}, TypeError, ["weights are torch.int64"]),
+    ({"token_weights": torch.ones(N, 1)}, ValueError, ["token_weights have shape (6, 1)", "(6,)"]),
+    ({"token_weights": torch.ones(N, dtype=torch.bool)}, TypeError, ["token_weights are torch.bool"]),
+]
+
+
+@pytest.mark.parametrize("case", SHAPES_AND_DTYPES, ids=words_of)
+def test_shapes_and_dtypes(case):
+    change, error, words = case
+    hidden, weight, _, targets = make_problem(N)
     arguments = {"hidden": hidden, "lm_head_weight": weight, "targets": targets, **change}
-    with pytest.raises(error, match=message):
-        pdl_linear_cross_entropy(**arguments)
+    assert_refused(error, words, lambda: pdl_linear_cross_entropy(**arguments))
 
 
-def test_plan_chunk_keeps_its_bound():
-    for rows in (1, 100, 2049, 16384):
-        for hidden_size, vocab_size, itemsize in ((512, 32000, 4), (4096, 128256, 2), (64, 262144, 4)):
-            chunk = plan_chunk(rows, hidden_size, vocab_size, itemsize)
-            most = max(64 * 2**20, vocab_size * hidden_size, 128 * vocab_size * itemsize)
-            assert chunk >= 1
-            assert chunk * vocab_size * itemsize <= most
+@pytest.mark.parametrize("name", ["lm_head_weight", "bias", "targets", "weights", "token_weights"])
+def test_devices(name):
+    hidden, weight, bias, targets = make_problem(N)
+    arguments = {
+        "lm_head_weight": weight, "bias": bias, "targets": targets, "weights": torch.ones(V),
+        "token_weights": torch.ones(N),
+    }  # fmt: skip
+    arguments[name] = arguments[name].to("meta")
+    assert_refused(ValueError, [name, "on meta", "hidden"], lambda: pdl_linear_cross_entropy(hidden, **arguments))
 
 
-@pytest.mark.parametrize("shape", [(BLOCK + 3, 5, 7), (5, BLOCK + 3, 7)])
-def test_products_accumulate_wider_than_their_operands(shape):
-    m, k, n = shape
-    left, right = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
-    total = torch.full((m, n), float("nan"))
-    add_product(total, left, right, first=True)
-    add_product(total, left, right, first=False)
-    torch.testing.assert_close(total.double(), 2 * left.double() @ right.double(), rtol=1e-5, atol=1e-3)
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters that are not there, or not all there
 
 
-def test_module():
-    hidden, weight, _, targets = make()
-    table = torch.rand(V)
-    criterion = PDLLinearCrossEntropyLoss(table, reduction="token_mean", chunk_size=4)
-    expected = pdl_linear_cross_entropy(hidden, weight, targets, table, reduction="token_mean")
-    torch.testing.assert_close(criterion.bfloat16()(hidden, weight, targets), expected)
-    assert criterion.weights.dtype == torch.float32
-    assert not criterion.state_dict()
+class _Sharded(torch.Tensor):
+    """Looks like a DTensor, without a process group."""
+
+    device_mesh = "a mesh"
+
+
+@pytest.mark.lesson("sharded heads")
+@pytest.mark.parametrize(
+    ("name", "hint"), [("hidden", ".full_tensor()"), ("lm_head_weight", ".full_tensor()"), ("bias", ".full_tensor()")]
+)
+def test_a_dtensor_is_refused_by_name(name, hint):
+    hidden, weight, bias, targets = make_problem(N)
+    arguments = {"hidden": hidden, "lm_head_weight": weight, "bias": bias, "targets": targets}
+    arguments[name] = arguments[name].as_subclass(_Sharded)
+    assert_refused(TypeError, [f"{name} is a DTensor", hint], lambda: pdl_linear_cross_entropy(**arguments))
+
+
+def test_a_real_dtensor_is_refused():
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    hidden, weight, _, targets = make_problem(N)
+    init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert_refused(
+            TypeError, ["lm_head_weight is a DTensor", "full_tensor"],
+            lambda: pdl_linear_cross_entropy(hidden, sharded, targets),
+        )  # fmt: skip
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.lesson("sharded heads")
+@pytest.mark.parametrize("name", ["lm_head_weight", "bias"])
+@pytest.mark.parametrize("shape", [(0,), (0, H)], ids=["0", "0x8"])
+def test_parameters_sharded_away(name, shape):
+    hidden, weight, _, targets = make_problem(N)
+    arguments = {"hidden": hidden, "lm_head_weight": weight, "targets": targets, name: torch.empty(shape)}
+    words = [f"{name} has no elements", "ZeRO", "FSDP", "GatheredParameters"]
+    assert_refused(ValueError, words, lambda: pdl_linear_cross_entropy(**arguments))
+
+
+class _Adapter(torch.nn.Module):
+    def __init__(self, attribute):
+        super().__init__()
+        setattr(self, attribute, torch.nn.Linear(H, V))
+
+
+@pytest.mark.parametrize("attribute", ["base_layer", "lora_A"])
+def test_an_adapter_is_refused_with_what_to_do(attribute):
+    hidden, _, _, targets = make_problem(N)
+    words = ["lm_head_weight is a _Adapter module", "wrapped by an adapter", "merge", "pdl_cross_entropy"]
+    assert_refused(TypeError, words, lambda: pdl_linear_cross_entropy(hidden, _Adapter(attribute), targets))
+
+
+def test_a_plain_module_is_told_to_pass_its_tensor():
+    hidden, weight, _, targets = make_problem(N)
+    head = torch.nn.Linear(H, V)
+    for arguments, hint in (({"lm_head_weight": head}, "module.weight"), ({"bias": head}, "module.bias")):
+        given = {"hidden": hidden, "lm_head_weight": weight, "targets": targets, **arguments}
+        assert_refused(TypeError, ["Linear module", hint], lambda given=given: pdl_linear_cross_entropy(**given))
+
+
+@pytest.mark.lesson("gather at ignore_index")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("target", [V, -1, 2**40])
+def test_a_target_out_of_range(backend, target, weighted, device):
+    hidden, weight, _, targets = make_problem(N, device=device)
+    targets[4] = target
+    weights = torch.ones(V, device=device) if weighted else None
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match=rf"targets\[4\] is {target}"):
+            pdl_linear_cross_entropy(hidden, weight, targets, weights, backend=backend)
+    else:
+        loss = pdl_linear_cross_entropy(hidden, weight, targets, weights, backend=backend, reduction="none")
+        assert loss[4].isnan()
+        assert loss[:4].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The module
+
+
+def test_the_module_gives_the_functions_numbers(backend, device):
+    hidden, weight, bias, targets = make_problem(N, device=device)
+    weights = make_weights("random", V, device)
+    u = make_token_weights(N, device)
+    criterion = PDLLinearCrossEntropyLoss(weights, reduction="mean", softcap=5.0, chunk_size=4, backend=backend)
+    got = criterion(hidden, weight, targets, bias, u, 6.0)
+    expected = pdl_linear_cross_entropy(
+        hidden, weight, targets, weights,
+        bias=bias, token_weights=u, normalizer=6.0, softcap=5.0, chunk_size=4, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(got, expected)
+    fixed = PDLLinearCrossEntropyLoss(weights, normalizer=torch.tensor(6.0), softcap=5.0, backend=backend)
+    torch.testing.assert_close(fixed(hidden, weight, targets, bias, u), expected)
+    torch.testing.assert_close(fixed(hidden, weight, targets, bias, u, normalizer=3), 2 * expected)
+
+
+def test_the_module_passes_the_seed(device):
+    hidden, weight, _, targets = make_problem(40, device=device)
+    weight.requires_grad_()
+    weights = torch.logspace(-3, 0, V, device=device)
+    criterion = PDLLinearCrossEntropyLoss(weights, row_sampling=0.2)
+    gradients = [torch.autograd.grad(criterion(hidden, weight, targets, seed=s), weight)[0] for s in (1, 1, 2)]
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.lesson("weights rounded with the model")
+def test_the_modules_weights_stay_float32_and_out_of_checkpoints(device):
+    table = torch.tensor([1.0, 1 / 3, 1e-7])
+    criterion = PDLLinearCrossEntropyLoss(table.double(), reduction="sum")
+    table.fill_(0)
+    assert criterion.state_dict() == {}
+    for move in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float64), lambda m: m.to(device)):
+        move(criterion)
+        assert criterion.weights.dtype == torch.float32
+        assert criterion.weights[1].item() == torch.tensor(1 / 3).item()
+    assert criterion.weights.device.type == device.type
+    shown = repr(criterion)
+    assert shown.startswith("PDLLinearCrossEntropyLoss(weights=(3,)")
+    for name in ("reduction='sum'", "chunk_size=None", "row_sampling=0.0", "accumulate_dtype=torch.float32"):
+        assert name in shown

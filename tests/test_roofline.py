@@ -221,7 +221,7 @@ def variant_of(**changes):
     walk = {"role": "forward only", "narrow": False, "load_bytes": 16, "store_bytes": None}
     walk["instructions_per_element"] = changes.pop("instructions", 5.7)
     walk.update({key: changes.pop(key) for key in ("narrow", "load_bytes") if key in changes})
-    return {"spills": 0, "aligned": True, "budgeted": True, "walks": [walk], **changes}
+    return {"spills": 0, "cluster_fences": 0, "aligned": True, "budgeted": True, "walks": [walk], **changes}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class Case(NamedTuple):
     row_stride: int | None = None  # where it is not the vocabulary's size
     column_stride: int = 1
     offset: int = 0  # elements from an aligned address to the first logit
-    kernel: str = ""  # of planner.KERNELS, where another would be launched
+    forced: str = ""  # of planner.KERNELS, where another would be launched
 
     @property
     def layout(self) -> str:
@@ -63,14 +63,14 @@ class Case(NamedTuple):
             "" if self.row_stride is None or self.column_stride != 1 else "padded rows",
             "" if self.column_stride == 1 else "column stride",
             "offset" if self.offset else "",
-            self.kernel,
+            self.forced,
         ]
         return ", ".join(filter(None, parts))
 
 
 def run_case(case: Case) -> None:
     """Make the call on tensors without memory."""
-    forced = {"PDL_KERNELS_FORCE_KERNEL": case.kernel} if case.kernel else {}
+    forced = {"PDL_KERNELS_FORCE_KERNEL": case.forced} if case.forced else {}
     with mock.patch.dict(os.environ, forced):
         _run_case(case)
 
@@ -123,7 +123,7 @@ def quick_cases() -> list[Case]:
         found += [Case("loss", target), Case("gradient", target), Case("scale", target)]
         found += [Case("loss + gradient", target, rows=FEW_ROWS)]
     # Where a row is held on chip these would not be seen: older Triton versions launch them.
-    plain = Case("loss + gradient", "sm_90", kernel=TWO_PASSES)
+    plain = Case("loss + gradient", "sm_90", forced=TWO_PASSES)
     found += [plain, plain._replace(target="sm_100")]
     found += [plain._replace(options=name) for name in OPTIONS if name not in ("plain", "everything", "none")]
     found += [Case("gradient", "sm_90", options="none"), Case("loss", "sm_90", options="smoothing")]
@@ -138,7 +138,7 @@ def quick_cases() -> list[Case]:
         plain._replace(vocab_size=1000),
     ]
     found += [plain._replace(vocab_size=size) for size in (32000, 50257, 262144)]
-    held = plain._replace(kernel="")
+    held = plain._replace(forced="")
     found += [held._replace(vocab_size=size) for size in (1000, 32000, 50257, 151936, 262144)]
     found += [held._replace(options="z_loss"), held._replace(options="stats"), held._replace(targets="int32")]
     found += [held._replace(dtype="float32", vocab_size=size) for size in (50257, 262144)]
@@ -160,7 +160,7 @@ def full_cases() -> list[Case]:
             for size in VOCABULARIES:
                 found += [Case(call, target, dtype, size) for call in ("loss + gradient", "loss", "gradient", "scale")]
                 found.append(Case("loss + gradient", target, dtype, size, FEW_ROWS))
-                found.append(Case("loss + gradient", target, dtype, size, kernel=TWO_PASSES))
+                found.append(Case("loss + gradient", target, dtype, size, forced=TWO_PASSES))
         for options in OPTIONS:
             for size in (50257, 128256):
                 calls = ("loss + gradient", "loss", "gradient") if options != "none" else ("loss", "gradient")

@@ -114,14 +114,18 @@ class Run:
     def _forward(self, scalars: Tensor, token_count: Tensor) -> tuple[LinearOutputs, Gradients, Tensor | None]:
         per_row = self.options.reduction == "none"
         forms_gradients = any(self.needs) and not per_row
-        contributing = self._contributing(scalars)
-        scale, kept = None, contributing
+        contributing = self._contributing()
+        differentiated = self._differentiated(contributing)
+        scale, kept = None, differentiated if forms_gradients else contributing
         if forms_gradients and self.linear.row_sampling > 0:
             assert self.inputs.seed is not None
-            sample = sample_rows(self._row_factors(scalars) * contributing, self.linear.row_sampling, self.inputs.seed)
-            scale, kept = sample.scale, sample.kept & contributing
+            factors = torch.where(kept, self._row_factors(scalars), 0)
+            sample = sample_rows(factors, self.linear.row_sampling, self.inputs.seed)
+            scale, kept = sample.scale, sample.kept & kept
         index, backward_rows = self._pack(contributing, kept)
-        tokens, hidden = self._take(index, kept)
+        tokens, hidden = self._take(index, contributing)
+        # Without packing, rows that only the statistics need are among those of the backward products.
+        only_read = None if self.compact or differentiated is contributing else contributing & ~differentiated
         if scale is not None:
             scale = scale if index is None else scale[index]
             u = torch.ones_like(scale) if tokens.token_weights is None else tokens.token_weights
@@ -149,7 +153,10 @@ class Run:
             if total.stats is not None:
                 total.stats[:, chunk] = found.stats
             if with_gradient:
-                sums.add(chunk, logits[0], hidden[chunk])
+                rows_of_hidden = hidden[chunk]
+                if only_read is not None:
+                    rows_of_hidden = torch.where(only_read[chunk, None], 0, rows_of_hidden)
+                sums.add(chunk, logits[0], rows_of_hidden)
         if scale is not None:
             total.loss.div_(scale)  # the loss counts every row as it is
         if range_factor is not None:
@@ -168,10 +175,10 @@ class Run:
         """The gradients of reduction "none" for an upstream gradient (N,) per row."""
         with torch.no_grad(), torch.autocast(self.inputs.hidden.device.type, enabled=False):
             upstream = upstream.reshape(-1)
-            kept = self._contributing(scalars)
+            kept = self._differentiated(self._contributing())
             if self.linear.row_sampling > 0:
                 assert self.inputs.seed is not None
-                factors = self._row_factors(scalars) * kept * upstream
+                factors = torch.where(kept, self._row_factors(scalars) * upstream, 0)
                 sample = sample_rows(factors, self.linear.row_sampling, self.inputs.seed)
                 kept, upstream = kept & sample.kept, upstream * sample.scale
             index, _ = self._pack(kept, kept)
@@ -190,6 +197,8 @@ class Run:
 
     def finish(self, gradients: Gradients, index: Tensor | None, upstream: Tensor | None) -> list[Tensor | None]:
         """Gradients times the 0-d `upstream`, in the parameters' dtypes and shapes. The input is used up."""
+        if index is not None and index.numel() == 0:
+            upstream = None  # 0 * inf must not appear
         finished: list[Tensor | None] = []
         for number, (gradient, parameter) in enumerate(zip(gradients, self.inputs[:3], strict=True)):
             if gradient is None or parameter is None:
@@ -214,17 +223,23 @@ class Run:
 
     # Rows
 
-    def _contributing(self, scalars: Tensor) -> Tensor:
-        """(N,) bool: the rows that must be multiplied."""
+    def _contributing(self) -> Tensor:
+        """(N,) bool: the rows that must be multiplied by the weight."""
         tokens, options = self.tokens, self.options
         y = tokens.targets.long()
         counted = y != options.ignore_index
         if tokens.token_weights is not None:
             counted &= tokens.token_weights != 0
-        if tokens.weights is None or options.return_stats or options.label_smoothing > 0 or options.z_loss > 0:
-            return counted
+        return counted if options.return_stats else self._differentiated(counted)
+
+    def _differentiated(self, rows: Tensor) -> Tensor:
+        """(N,) bool: those of `rows` whose gradient may differ from 0. `rows` itself where that is all of them."""
+        tokens, options = self.tokens, self.options
+        if tokens.weights is None or options.label_smoothing > 0 or options.z_loss > 0:
+            return rows
+        y = tokens.targets.long()
         is_class = (y >= 0) & (y < self.vocab_size)
-        return counted & (~is_class | (tokens.weights[torch.where(is_class, y, 0)] != 0))
+        return rows & (~is_class | (tokens.weights[torch.where(is_class, y, 0)] != 0))
 
     def _row_factors(self, scalars: Tensor) -> Tensor:
         """(N,) u_i [(1 - s) w(y_i) + s / V sum_j w_j], without the denominator."""
@@ -283,10 +298,15 @@ class Run:
         if self.dtype != torch.float16 or tokens.rows == 0:
             return None
         factors = self._row_factors(scalars)
-        counted = self._contributing(scalars)
+        counted = self._contributing()
+        divided = self.options.reduction != "sum"
         largest = torch.where(counted, factors, 0).abs().amax()
-        if self.options.reduction != "sum":
+        if divided:
             largest = largest * scalars[INVERSE_DENOMINATOR].abs()
+        if self.options.z_loss > 0:  # its gradient is 2 z_loss |u| lse p, whatever the weights
+            u = counted if self.tokens.token_weights is None else torch.where(counted, self.tokens.token_weights, 0)
+            z_term = 2 * self.options.z_loss * u.to(scalars.dtype).abs().amax()
+            largest = torch.maximum(largest, z_term * scalars[INVERSE_Z_DENOMINATOR].abs() if divided else z_term)
         usable = (largest > 0) & largest.isfinite()
         exponent = -torch.frexp(torch.where(usable, largest, 1)).exponent
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-40, 40))
