@@ -349,7 +349,8 @@ def test_goals_take_the_newest_complete_run():
     assert judged(good, bad)[goal].status == "met"
 
 
-def test_goals_from_files(tmp_path, capsys):
+def test_goals_from_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.__main__.RECORDED", tmp_path)  # not what the project has recorded so far
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "mine.json").write_text(json.dumps(synthetic(torch=200.0, pdl=50.0)))
     (tmp_path / "other.json").write_text('{"results": []}')
