@@ -71,7 +71,7 @@ def _bandwidth(samples: dict[Key, dict[str, Any]], document: dict[str, Any]) -> 
                 axis.plot(vocabularies, [best[V][1] for V in vocabularies], **_line_style(contender))
         axis.set(xlabel="vocabulary", ylabel="GB/s that had to be moved", xscale="log")
         ticks = sorted({key.case.vocab_size for key in samples})
-        axis.set_xticks(ticks, [str(V) for V in ticks], fontsize=7)
+        axis.set_xticks(ticks, [str(V) for V in ticks], fontsize=7, rotation=30)
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
         if copy:
