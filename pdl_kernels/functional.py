@@ -133,8 +133,14 @@ def pdl_cross_entropy(
         operation.refuse_transforms("pdl_cross_entropy", logits)
         if inplace and logits.requires_grad and torch.is_grad_enabled():
             checks.check_inplace(logits)
-    outputs = operation.cross_entropy(logits, targets, weights, token_weights, denominator, options, backend, inplace)
-    return (outputs.loss, stats_of(outputs.scalars, outputs.token_count)) if return_stats else outputs.loss
+    loss, scalars, token_count = operation.cross_entropy(
+        logits, targets, weights, token_weights, denominator, options, backend, inplace
+    )
+    if not return_stats:
+        return loss
+    assert scalars is not None
+    assert token_count is not None
+    return loss, stats_of(scalars, token_count)
 
 
 def stats_of(scalars: Tensor, token_count: Tensor) -> LossStats:

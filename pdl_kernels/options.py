@@ -79,7 +79,7 @@ class LossOutputs(NamedTuple):
     loss: Tensor  # () or (N,) for "none"
     row_state: Tensor  # (2, N): maximum of the raw logits; sum of exp(z - z of that maximum)
     scalars: Tensor  # (6,): see SCALARS
-    token_count: Tensor  # (), int64
+    token_count: Tensor | None  # (), int64; the Triton backend counts only for statistics
 
 
 class LinearInputs(NamedTuple):

@@ -40,15 +40,38 @@ def _seed():
 
 
 @pytest.fixture(params=["eager", "triton", "triton, row on chip"])
-def backend(request, monkeypatch):
+def backend(request):
     """The backend to ask for. Both ways to form loss and gradient in Triton run: the row read twice, and held."""
     if request.param == "eager":
         return "eager"
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if request.param != "triton":
-        monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", "single pass")
+        request.getfixturevalue("force_kernel")("single pass")
     return "triton"
+
+
+@pytest.fixture
+def force_kernel(monkeypatch):
+    """A function that lets Triton form losses with the kernel of this name, for this test."""
+    from pdl_kernels.ops import repeated_calls
+
+    def force(name):
+        monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", name)
+        repeated_calls.forget()
+
+    yield force
+    repeated_calls.forget()
+
+
+@pytest.fixture
+def forgotten_calls():
+    """Calls are worked out anew in this test, which replaces what works them out, and after it."""
+    from pdl_kernels.ops import repeated_calls
+
+    repeated_calls.forget()
+    yield
+    repeated_calls.forget()
 
 
 @pytest.fixture

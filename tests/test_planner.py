@@ -112,7 +112,7 @@ def make_inputs():
 
 
 @pytest.fixture
-def _held_plans(monkeypatch):
+def _held_plans(monkeypatch, forgotten_calls):
     """Plans as on a device with clusters, in the interpreter."""
     if torch.cuda.is_available():
         pytest.skip("plans are stubbed for the interpreter")
@@ -167,15 +167,15 @@ def test_other_errors_are_not_taken_for_the_compilers(monkeypatch):
 # PDL_KERNELS_FORCE_KERNEL
 
 
-def test_an_unknown_kernel_is_refused(monkeypatch):
-    monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", "fastest")
+def test_an_unknown_kernel_is_refused(force_kernel):
+    force_kernel("fastest")
     logits, targets, weights = make_inputs()
     with pytest.raises(ValueError, match="PDL_KERNELS_FORCE_KERNEL is 'fastest'; accepted are single pass, two passes"):
         pdl_cross_entropy(logits, targets, weights, backend="triton")
 
 
 @pytest.mark.parametrize("kernel", [SINGLE_PASS, TWO_PASSES])
-def test_forced_kernels_are_launched(monkeypatch, kernel):
+def test_forced_kernels_are_launched(monkeypatch, force_kernel, kernel):
     if torch.cuda.is_available():
         pytest.skip("launches are counted in the interpreter")
     launched = []
@@ -188,7 +188,7 @@ def test_forced_kernels_are_launched(monkeypatch, kernel):
                 return real[grid]
 
         monkeypatch.setattr(module, name, Counting())
-    monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", kernel)
+    force_kernel(kernel)
     logits, targets, weights = make_inputs()
     pdl_cross_entropy(logits, targets, weights, backend="triton")
     assert launched == [{SINGLE_PASS: "single_pass_rows_kernel", TWO_PASSES: "loss_rows_kernel"}[kernel]]

@@ -117,9 +117,9 @@ def test_bytes_are_those_of_the_plan(monkeypatch, backend, inplace, operation):
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new memory", "in place"])
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
-def test_a_row_on_chip_is_read_once(monkeypatch, operation, inplace):
+def test_a_row_on_chip_is_read_once(monkeypatch, force_kernel, operation, inplace):
     pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", "single pass")
+    force_kernel("single pass")
     counted = Counted(monkeypatch, CASES["triton"], operation, backend="triton", inplace=inplace, held=True)
     assert_buffers(counted)
     assert_accesses(counted)
@@ -206,18 +206,19 @@ def test_an_extra_pass_over_the_logits_is_caught(monkeypatch, operation):
         assert_accesses(counted)
 
 
+@pytest.mark.usefixtures("forgotten_calls")
 def test_an_extra_pass_in_a_kernel_is_caught(monkeypatch):
     """The row kernel runs twice: every logit is loaded, and every gradient stored, once more than planned."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from pdl_kernels.kernels import launch
 
-    run_once = launch._RowCall.loss_rows
+    run_once = launch.RowCall.loss_rows
 
     def run_twice(self, *arguments):
         run_once(self, *arguments)
         run_once(self, *arguments)
 
-    monkeypatch.setattr(launch._RowCall, "loss_rows", run_twice)
+    monkeypatch.setattr(launch.RowCall, "loss_rows", run_twice)
     for operation in (FORWARD, TRAINING):
         counted = Counted(monkeypatch, CASES["triton"], operation, backend="triton", inplace=False)
         assert_buffers(counted)

@@ -105,7 +105,8 @@ def denominators_kernel(
     tl.store(scalars + 3, 0.0)  # the statistics, unless reduce_rows_kernel fills them in
     tl.store(scalars + 4, 0.0)
     tl.store(scalars + 5, weight_sum)
-    tl.store(token_count, count)
+    if token_count is not None:
+        tl.store(token_count, count)
 
     weight_total = V * 1.0
     if SUM_WEIGHTS:
@@ -289,9 +290,8 @@ def merge_rows_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_rows_kernel(
-    logits, gradient, targets, weights, token_weights, scalars, row_state,
-    upstream, upstream_stride,
-    rows, rows_inner, V, stride_outer, stride_row, stride_column,
+    logits, gradient, targets, weights, token_weights, scalars, row_state, upstream,
+    upstream_stride, rows, rows_inner, V, stride_outer, stride_row, stride_column,
     gradient_stride_outer, gradient_stride_row, gradient_stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
     slice_tiles,

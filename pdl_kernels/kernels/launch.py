@@ -3,8 +3,8 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from triton.errors import TritonError
 
 from pdl_kernels.kernels import cross_entropy as kernels
 from pdl_kernels.kernels import planner
+from pdl_kernels.kernels.launcher import TRITON_VERSION, Launcher, direct_stream
 from pdl_kernels.kernels.planner import VECTOR_BYTES, Device, RowLaunch, next_power_of_two, plan_rows
 from pdl_kernels.kernels.single_pass import single_pass_rows_kernel
 from pdl_kernels.options import LossInputs, LossOptions, LossOutputs, RowOutputs
@@ -25,8 +26,10 @@ INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one prog
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 REDUCE_OPTIONS = {"num_warps": 16, **COMPILE_OPTIONS}  # of the single-program kernels
 
-_major, _minor, *_ = triton.__version__.split(".")
-TRITON_VERSION = (int(_major), int(_minor))
+FORCE_VARIABLE = "PDL_KERNELS_FORCE_KERNEL"  # meant for tests: the one kernel that forms losses
+
+RowTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # LossInputs without the normalizer
+_NOTHING = nullcontext()
 
 
 class Variant(NamedTuple):
@@ -60,14 +63,11 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), nvidia, capability)
 
 
-@contextmanager
-def _on_device(tensor: Tensor) -> Iterator[None]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors' device is."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            yield
-    else:
-        yield
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NOTHING
 
 
 def row_alignment(tensor: Tensor) -> tuple[bool, bool]:
@@ -144,19 +144,20 @@ def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, An
     return {"num_warps": plan.warps, **cluster, **limit, **COMPILE_OPTIONS}
 
 
-class _RowCall:
-    """One call's row kernels: their plan, their variant and the arguments that they share."""
+class RowCall:
+    """The row kernels of one call: their plan, their variant and the numbers that they share. It holds no tensor.
+
+    It fits all tensors with the shapes, strides, dtypes, device and alignment of those that it was made for.
+    """
 
     def __init__(
         self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None, plan: RowLaunch, device: Device
     ) -> None:
-        self.inputs = inputs
-        self.gradient = gradient
+        self.rows = inputs.rows
         self.plan = plan
-        self.variant = make_variant(inputs.logits, options, gradient, self.plan)
-        strides = inputs.logits.stride()
-        self.tensors = (inputs.targets, inputs.weights, inputs.token_weights)
-        self.shape = (inputs.rows, inputs.logits.shape[1], inputs.vocab_size, *strides)
+        self.device = device
+        self.variant = make_variant(inputs.logits, options, gradient, plan)
+        self.shape = (inputs.rows, inputs.logits.shape[1], inputs.vocab_size, *inputs.logits.stride())
         self.gradient_strides = (0, 0, 1) if gradient is None else gradient.stride()
         self.numbers = (
             options.ignore_index,
@@ -165,64 +166,144 @@ class _RowCall:
             float(options.softcap or 1.0),
             float(options.logit_scale),
         )
-        self.compile_options = row_compile_options(self.plan, device.limits_registers)
+        self.compile_options = row_compile_options(plan, device.limits_registers)
+        self._gradient_launchers: dict[tuple[int, bool], Launcher] = {}
 
-    def loss_rows(self, scalars: Tensor, row_loss: Tensor, row_state: Tensor, row_stats: Tensor | None) -> None:
+    def loss_rows(
+        self, tensors: RowTensors, gradient: Tensor | None, scalars: Tensor, outputs: RowOutputs, stream: int | None
+    ) -> None:
+        if self.plan.slices == 1:
+            self._loss_launcher(tensors[0], gradient, *tensors[1:], scalars, *outputs, stream=stream)
+            return
+        slice_state = scalars.new_empty(2, self.rows, self.plan.slices)
+        self._slice_launcher(*tensors, scalars, slice_state, stream=stream)
+        self._merge_launcher(*tensors, scalars, slice_state, *outputs, stream=stream)
+        if gradient is not None:
+            self.gradient_rows(tensors, gradient, scalars, outputs.state, None, stream, unless_one=False)
+
+    def gradient_rows(
+        self,
+        tensors: RowTensors,
+        gradient: Tensor,
+        scalars: Tensor,
+        row_state: Tensor,
+        upstream: Tensor | None,
+        stream: int | None,
+        *,
+        unless_one: bool,
+    ) -> None:
+        upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
+        launcher = self._gradient_launchers.get((upstream_stride, unless_one))
+        if launcher is None:
+            numbers = (
+                upstream_stride, *self.shape, *self.gradient_strides, *self.numbers,
+                self.plan.slice_tiles, unless_one, self.variant,
+            )  # fmt: skip
+            grid = (self.rows, self.plan.slices)
+            launcher = Launcher(kernels.gradient_rows_kernel, grid, numbers, self.compile_options)
+            self._gradient_launchers[upstream_stride, unless_one] = launcher
+        launcher(tensors[0], gradient, *tensors[1:], scalars, row_state, upstream, stream=stream)
+
+    @functools.cached_property
+    def _loss_launcher(self) -> Launcher:
         held = self.plan.kernel == planner.SINGLE_PASS
         kernel = single_pass_rows_kernel if held else kernels.loss_rows_kernel
-        kernel[(self.inputs.rows,)](
-            self.inputs.logits, self.gradient, *self.tensors, scalars, row_loss, row_state, row_stats,
-            *self.shape, *self.gradient_strides, *self.numbers, self.variant, **self.compile_options,
-        )  # fmt: skip
+        numbers = (*self.shape, *self.gradient_strides, *self.numbers, self.variant)
+        return Launcher(kernel, (self.rows,), numbers, self.compile_options)
 
-    def sliced_loss_rows(self, scalars: Tensor, row_loss: Tensor, row_state: Tensor, row_stats: Tensor | None) -> None:
-        rows, slices = self.inputs.rows, self.plan.slices
-        slice_state = torch.empty(2, rows, slices, dtype=torch.float32, device=scalars.device)
-        kernels.slice_rows_kernel[(rows, slices)](
-            self.inputs.logits, *self.tensors, scalars, slice_state,
-            *self.shape, *self.numbers, self.plan.slice_tiles, slices, self.variant, **self.compile_options,
-        )  # fmt: skip
-        kernels.merge_rows_kernel[(rows,)](
-            self.inputs.logits, *self.tensors, scalars, slice_state, row_loss, row_state, row_stats,
-            *self.shape, *self.numbers, slices, next_power_of_two(slices), self.variant,
-            num_warps=1, **COMPILE_OPTIONS,
-        )  # fmt: skip
-        if self.gradient is not None:
-            self.gradient_rows(scalars, row_state, None, unless_one=False)
+    @functools.cached_property
+    def _slice_launcher(self) -> Launcher:
+        numbers = (*self.shape, *self.numbers, self.plan.slice_tiles, self.plan.slices, self.variant)
+        return Launcher(kernels.slice_rows_kernel, (self.rows, self.plan.slices), numbers, self.compile_options)
 
-    def gradient_rows(self, scalars: Tensor, row_state: Tensor, upstream: Tensor | None, *, unless_one: bool) -> None:
-        upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-        kernels.gradient_rows_kernel[(self.inputs.rows, self.plan.slices)](
-            self.inputs.logits, self.gradient, *self.tensors, scalars, row_state, upstream, upstream_stride,
-            *self.shape, *self.gradient_strides, *self.numbers, self.plan.slice_tiles, unless_one, self.variant,
-            **self.compile_options,
-        )  # fmt: skip
+    @functools.cached_property
+    def _merge_launcher(self) -> Launcher:
+        slices = self.plan.slices
+        numbers = (*self.shape, *self.numbers, slices, next_power_of_two(slices), self.variant)
+        return Launcher(kernels.merge_rows_kernel, (self.rows,), numbers, {"num_warps": 1, **COMPILE_OPTIONS})
+
+
+class _LossRows:
+    """The row kernels of `loss_rows`: the best plan that Triton can compile. It holds no tensor, as RowCall."""
+
+    def __init__(self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> None:
+        device = device_of(inputs.logits.device)
+        plans = loss_plans(inputs, options, gradient, device) if inputs.rows > 0 else []
+        self.calls = [RowCall(inputs, options, gradient, plan, device) for plan in plans]  # best first
+        self.chosen: RowCall | None = None
+
+    def __call__(
+        self, tensors: RowTensors, gradient: Tensor | None, scalars: Tensor, outputs: RowOutputs, stream: int | None
+    ) -> None:
+        if self.chosen is not None:
+            self.chosen.loss_rows(tensors, gradient, scalars, outputs, stream)
+            return
+        for call in self.calls:
+            run = functools.partial(call.loss_rows, tensors, gradient, scalars, outputs, stream)
+            if _compiles(call.plan, call.device, run):
+                self.chosen = call
+                return
+
+
+class LossCall:
+    """Everything that `forward` launches. It holds no tensor, and fits what a RowCall fits."""
+
+    def __init__(self, inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> None:
+        self.per_row = options.reduction == "none"
+        self.stats = options.return_stats
+        self.rows = inputs.rows
+        self.denominators = _denominators_launcher(inputs, options)
+        self.loss_rows = _LossRows(inputs, options, gradient)
+        self.reduce = _reduce_launcher(inputs.rows, options)
+
+    def __call__(self, tensors: RowTensors, normalizer: Tensor | float | None, gradient: Tensor | None) -> LossOutputs:
+        """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
+        per_row, stats, rows = self.per_row, self.stats, self.rows
+        scalars = _scalars(tensors[0].device, self.denominators)
+        new_empty = scalars.new_empty
+        token_count = new_empty((), dtype=torch.int64) if stats else None
+        outputs = RowOutputs(new_empty(rows), new_empty(2, rows), new_empty(2, rows) if stats else None)
+        loss = outputs.loss if per_row else new_empty(())
+        with on_device(scalars):
+            stream = direct_stream()
+            if self.denominators is not None:
+                self.denominators(*tensors[1:], normalizer, scalars, token_count, stream=stream)
+            self.loss_rows(tensors, gradient, scalars, outputs, stream)
+            if self.reduce is not None:
+                self.reduce(outputs.loss, outputs.stats, scalars, token_count, None if per_row else loss, stream=stream)
+        return LossOutputs(loss, outputs.state, scalars, token_count)
 
 
 def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
     """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
-    scalars, token_count = denominators(inputs, options)
-    rows = loss_rows(inputs, options, scalars, gradient)
-    loss = reduce_rows(rows, options, scalars, token_count)
-    return LossOutputs(loss, rows.state, scalars, token_count)
+    return LossCall(inputs, options, gradient)(inputs[:4], inputs.normalizer, gradient)
 
 
 def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
-    needed = options.reduction in ("mean", "token_mean") or options.label_smoothing > 0 or options.return_stats
-    make = torch.empty if needed else torch.zeros
-    scalars = make(6, dtype=torch.float32, device=inputs.targets.device)
-    token_count = make((), dtype=torch.int64, device=inputs.targets.device)
-    if needed:
-        with _on_device(inputs.targets):
-            kernels.denominators_kernel[(1,)](
-                inputs.targets, inputs.weights, inputs.token_weights, inputs.normalizer, scalars, token_count,
-                inputs.rows, inputs.vocab_size, options.ignore_index,
-                options.reduction, isinstance(inputs.normalizer, float),
-                options.label_smoothing > 0 and inputs.weights is not None, REDUCE_BLOCK,
-                **REDUCE_OPTIONS,
-            )  # fmt: skip
+    launcher = _denominators_launcher(inputs, options)
+    scalars = _scalars(inputs.targets.device, launcher)
+    token_count = scalars.new_zeros((), dtype=torch.int64)
+    if launcher is not None:
+        with on_device(scalars):
+            launcher(*inputs[1:], scalars, token_count)
     return scalars, token_count
+
+
+def _scalars(device: torch.device, filled_by: Launcher | None) -> Tensor:
+    make = torch.zeros if filled_by is None else torch.empty
+    return make(6, dtype=torch.float32, device=device)
+
+
+def _denominators_launcher(inputs: LossInputs, options: LossOptions) -> Launcher | None:
+    if options.reduction not in ("mean", "token_mean") and options.label_smoothing == 0 and not options.return_stats:
+        return None
+    numbers = (
+        inputs.rows, inputs.vocab_size, options.ignore_index,
+        options.reduction, isinstance(inputs.normalizer, float),
+        options.label_smoothing > 0 and inputs.weights is not None, REDUCE_BLOCK,
+    )  # fmt: skip
+    return Launcher(kernels.denominators_kernel, (1,), numbers, REDUCE_OPTIONS)
 
 
 def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
@@ -231,19 +312,10 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
     `gradient` may be the logits themselves.
     """
     rows = inputs.rows
-    outputs = RowOutputs(
-        torch.empty(rows, dtype=torch.float32, device=scalars.device),
-        torch.empty(2, rows, dtype=torch.float32, device=scalars.device),
-        torch.empty(2, rows, dtype=torch.float32, device=scalars.device) if options.return_stats else None,
-    )
-    if rows > 0:
-        device = device_of(inputs.logits.device)
-        with _on_device(inputs.logits):
-            for plan in loss_plans(inputs, options, gradient, device):
-                call = _RowCall(inputs, options, gradient, plan, device)
-                run = call.sliced_loss_rows if plan.slices > 1 else call.loss_rows
-                if _compiles(plan, device, lambda: run(scalars, *outputs)):  # noqa: B023 (called at once)
-                    break
+    stats = scalars.new_empty(2, rows) if options.return_stats else None
+    outputs = RowOutputs(scalars.new_empty(rows), scalars.new_empty(2, rows), stats)
+    with on_device(inputs.logits):
+        _LossRows(inputs, options, gradient)(inputs[:4], gradient, scalars, outputs, None)
     return outputs
 
 
@@ -253,9 +325,9 @@ def loss_plans(inputs: LossInputs, options: LossOptions, gradient: Tensor | None
     unit_stride, vectors = has_unit_stride(inputs.logits), uses_vectors(inputs.logits, gradient)
     head = "head" in layouts(inputs.logits, gradient)
     smoothing = options.label_smoothing > 0
-    forced = os.environ.get("PDL_KERNELS_FORCE_KERNEL")
+    forced = os.environ.get(FORCE_VARIABLE)
     if forced not in (None, *planner.KERNELS):
-        raise ValueError(f"PDL_KERNELS_FORCE_KERNEL is {forced!r}; accepted are {', '.join(planner.KERNELS)}")
+        raise ValueError(f"{FORCE_VARIABLE} is {forced!r}; accepted are {', '.join(planner.KERNELS)}")
     if gradient is not None and forced is None:
         return planner.plan_loss_and_gradient(
             inputs.rows,
@@ -324,14 +396,18 @@ def _compiles(plan: RowLaunch, device: Device, run: Callable[[], None]) -> bool:
 def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_count: Tensor) -> Tensor:
     """The loss, (N,) for "none" and 0-d otherwise; the statistics go to `scalars`."""
     per_row = options.reduction == "none"
-    loss = rows.loss if per_row else torch.empty((), dtype=torch.float32, device=scalars.device)
-    if not per_row or options.return_stats:
-        with _on_device(scalars):
-            kernels.reduce_rows_kernel[(1,)](
-                rows.loss, rows.stats, scalars, token_count, None if per_row else loss, rows.loss.numel(),
-                options.return_stats, REDUCE_BLOCK, **REDUCE_OPTIONS,
-            )  # fmt: skip
+    loss = rows.loss if per_row else scalars.new_empty(())
+    launcher = _reduce_launcher(rows.loss.numel(), options)
+    if launcher is not None:
+        with on_device(scalars):
+            launcher(rows.loss, rows.stats, scalars, token_count, None if per_row else loss)
     return loss
+
+
+def _reduce_launcher(rows: int, options: LossOptions) -> Launcher | None:
+    if options.reduction == "none" and not options.return_stats:
+        return None
+    return Launcher(kernels.reduce_rows_kernel, (1,), (rows, options.return_stats, REDUCE_BLOCK), REDUCE_OPTIONS)
 
 
 def backward(
@@ -367,7 +443,7 @@ def adjust(
         unit_stride=has_unit_stride(gradient), vectors=uses_vectors(gradient, None), warp_size=device.warp_size,
     )  # fmt: skip
     variant = make_variant(gradient, LossOptions(), None, plan)
-    with _on_device(gradient):
+    with on_device(gradient):
         kernels.scale_rows_kernel[(rows, plan.slices)](
             gradient, upstream, rows_inner, V, *gradient.stride(), plan.slice_tiles, variant,
             **row_compile_options(plan, device.limits_registers),
@@ -386,20 +462,25 @@ def _gradient(
 ) -> None:
     if inputs.rows == 0:
         return
+    with on_device(inputs.logits):
+        call = gradient_call(inputs, options, gradient)
+        call.gradient_rows(inputs[:4], gradient, scalars, row_state, upstream, None, unless_one=unless_one)
+
+
+def gradient_call(inputs: LossInputs, options: LossOptions, gradient: Tensor) -> RowCall:
+    """A call for `gradient_rows` alone."""
     # Statistics belong to forward: without them backward needs one variant fewer.
     options = options._replace(return_stats=False)
-    with _on_device(inputs.logits):
-        device = device_of(inputs.logits.device)
-        plan = plan_rows(
-            inputs.rows,
-            inputs.vocab_size,
-            inputs.logits.element_size(),
-            device.multiprocessors,
-            two_passes=False,
-            smoothing=options.label_smoothing > 0,
-            unit_stride=has_unit_stride(inputs.logits),
-            vectors=uses_vectors(inputs.logits, gradient),
-            warp_size=device.warp_size,
-        )
-        call = _RowCall(inputs, options, gradient, plan, device)
-        call.gradient_rows(scalars, row_state, upstream, unless_one=unless_one)
+    device = device_of(inputs.logits.device)
+    plan = plan_rows(
+        inputs.rows,
+        inputs.vocab_size,
+        inputs.logits.element_size(),
+        device.multiprocessors,
+        two_passes=False,
+        smoothing=options.label_smoothing > 0,
+        unit_stride=has_unit_stride(inputs.logits),
+        vectors=uses_vectors(inputs.logits, gradient),
+        warp_size=device.warp_size,
+    )
+    return RowCall(inputs, options, gradient, plan, device)

@@ -6,7 +6,9 @@ storage. Every later backward starts from the saved logits. Under torch.compile 
 without mutation: forward returns the loss, backward forms the gradient from the logits.
 """
 
+import functools
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pdl_kernels.backends import backend_module, choose_backend
+from pdl_kernels.ops.rows import as_rows, empty_gradient, same_rows, share_storage
 from pdl_kernels.options import LossInputs, LossOptions, LossOutputs
 
 VALIDATE_VARIABLE = "PDL_KERNELS_VALIDATE"
@@ -32,17 +35,20 @@ def cross_entropy(
     options: LossOptions,
     backend: str,
     inplace: bool,
-) -> LossOutputs:
-    """The loss as LossOutputs; only `loss` is differentiable, and only in `logits`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, differentiable in `logits`; with `return_stats` also LossOutputs.scalars and token_count."""
     if torch.compiler.is_compiling():
-        outputs = _forward_operator(logits, targets, weights, token_weights, normalizer, *options, backend)
-        return LossOutputs(*outputs)
+        loss, _, scalars, token_count = _forward_operator(
+            logits, targets, weights, token_weights, normalizer, *options, backend
+        )
+        return loss, scalars, token_count
     backend = choose_backend(backend, logits.device, logits.dtype)
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        return _run_forward(logits, targets, weights, token_weights, normalizer, options, backend, None)
-    return LossOutputs(
-        *_CrossEntropy.apply(logits, targets, weights, token_weights, normalizer, options, backend, inplace)
-    )
+    if logits.requires_grad and torch.is_grad_enabled():
+        call = (targets, weights, token_weights, normalizer, options, backend, inplace)
+        found = _CrossEntropy.apply(logits, call)
+        return found if options.return_stats else (found, None, None)
+    outputs, *_ = _run_forward(logits, targets, weights, token_weights, normalizer, options, backend)
+    return outputs.loss, outputs.scalars, outputs.token_count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,53 +67,6 @@ def refuse_transforms(what: str, tensor: Tensor) -> None:
         raise RuntimeError(
             f"{what} does not support forward-mode differentiation; use torch.nn.functional.cross_entropy for it"
         )
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    """(..., V) as (rows_outer, rows_inner, V), a view unless the leading dimensions cannot be merged into two."""
-    V = logits.shape[-1]
-    leading = logits.shape[:-1]
-    if logits.dim() == 1:
-        return logits.view(1, 1, V)
-    if logits.dim() == 2:
-        return logits.unsqueeze(0)
-    if logits.numel() == 0:
-        return logits.reshape(1, leading.numel(), V)
-    # Merge neighbouring dimensions where one stride steps through both.
-    shape: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(leading, logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if shape and strides[-1] == size * stride:
-            shape[-1] *= size
-            strides[-1] = stride
-        else:
-            shape.append(size)
-            strides.append(stride)
-    if len(shape) > 2:
-        return logits.reshape(1, leading.numel(), V)
-    while len(shape) < 2:
-        shape.insert(0, 1)
-        strides.insert(0, 0)
-    return logits.as_strided((*shape, V), (*strides, logits.stride(-1)))
-
-
-def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
-    """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits.
-
-    Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
-    elements share memory; contiguous then.
-    """
-    steps = sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True) if size > 1)
-    span = 1  # elements from the first to the last
-    apart = True
-    for stride, size in steps:
-        apart = apart and stride >= span
-        span += (size - 1) * stride
-    if not contiguous and rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
-        return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
-    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
 def _loss_inputs(
@@ -134,15 +93,42 @@ def _run_forward(
     normalizer: Tensor | float | None,
     options: LossOptions,
     backend: str,
-    gradient: Tensor | None,  # (rows_outer, rows_inner, V)
-) -> LossOutputs:
+    *,
+    with_gradient: bool = False,
+    inplace: bool = False,
+) -> tuple[LossOutputs, Tensor | None, Any]:
+    """The loss, if asked its gradient for an upstream gradient of 1, (..., V), and Triton's call for `adjust`.
+
+    With `inplace` the gradient is the logits themselves, unless they had to be copied.
+    """
     check_targets(targets, logits.shape[-1], options.ignore_index)
-    inputs = _loss_inputs(logits, targets, weights, token_weights, normalizer)
-    with torch.autocast(logits.device.type, enabled=False):
-        outputs = backend_module(backend).forward(inputs, options, gradient)
+    if backend == "triton":
+        calls = _triton_calls()
+        tensors = calls.plain(logits, targets, weights, token_weights)
+        inplace = inplace and tensors[0] is logits
+        outputs, gradient, call = calls.forward(tensors, normalizer, options, with_gradient, inplace)
+        if gradient is not None and tensors[0] is not logits:
+            gradient = gradient.view(logits.shape)
+    else:
+        inputs = _loss_inputs(logits, targets, weights, token_weights, normalizer)
+        gradient = call = None
+        if with_gradient:
+            inplace = inplace and share_storage(inputs.logits, logits)
+            gradient = inputs.logits if inplace else empty_gradient(inputs.logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            outputs = backend_module(backend).forward(inputs, options, gradient)
+        if gradient is not None:
+            gradient = logits if inplace else gradient.reshape(logits.shape)
     if options.reduction == "none":
         outputs = outputs._replace(loss=outputs.loss.view(targets.shape))
-    return outputs
+    return outputs, gradient, call
+
+
+@functools.cache
+def _triton_calls() -> ModuleType:
+    from pdl_kernels.ops import repeated_calls  # imports Triton
+
+    return repeated_calls
 
 
 def _run_backward(
@@ -163,7 +149,9 @@ def _run_backward(
     gradient = empty_gradient(inputs.logits, contiguous=contiguous)
     flat_upstream = upstream.reshape(-1) if options.reduction == "none" else upstream
     with torch.autocast(logits.device.type, enabled=False):
-        backend_module(backend).backward(inputs, options, row_state, scalars, flat_upstream, gradient)
+        backend_module(backend).backward(
+            inputs, options, row_state.contiguous(), scalars.contiguous(), flat_upstream, gradient
+        )
     return gradient.reshape(logits.shape)
 
 
@@ -202,50 +190,41 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        token_weights: Tensor | None,
-        normalizer: Tensor | float | None,
-        options: LossOptions,
-        backend: str,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:
-        gradient = None
-        ctx.inplace = False
-        ctx.logits_shape = logits.shape
-        if options.reduction != "none":  # otherwise each row waits for its own upstream gradient
-            rows = as_rows(logits.detach())
-            ctx.inplace = inplace and rows.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
-            gradient = rows if ctx.inplace else empty_gradient(rows)
-        outputs = _run_forward(logits, targets, weights, token_weights, normalizer, options, backend, gradient)
+    def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Any:
+        # Each argument costs autograd a microsecond, so that all without a gradient come as one.
+        targets, weights, token_weights, normalizer, options, backend, inplace = call
+        outputs, gradient, ctx.call = _run_forward(
+            logits, targets, weights, token_weights, normalizer, options, backend,
+            with_gradient=options.reduction != "none",  # there each row waits for its own upstream gradient
+            inplace=inplace,
+        )  # fmt: skip
+        ctx.options, ctx.backend = options, backend
+        ctx.inplace = gradient is logits
         if ctx.inplace:
             # Whoever saved the logits before this gets autograd's error. They are saved below, after the bump.
             torch.autograd.graph.increment_version(logits)
-            gradient = None
-        ctx.gradient = gradient
-        ctx.handed_over = False
-        ctx.options, ctx.backend = options, backend
-        if ctx.inplace:
+            ctx.handed_over = False
             ctx.save_for_backward(logits)  # the gradient is in them, and nothing else is needed
         else:
+            ctx.gradient = gradient
             ctx.save_for_backward(logits, targets, weights, token_weights, outputs.row_state, outputs.scalars)
-        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        if not options.return_stats:
+            return outputs.loss
+        ctx.mark_non_differentiable(outputs.scalars, outputs.token_count)
+        return outputs.loss, outputs.scalars, outputs.token_count
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 8
+            return None, None
         refuse_transforms("the backward of pdl_cross_entropy", upstream)
-        with torch.no_grad():
-            gradient = _gradient_in_place(ctx, upstream) if ctx.inplace else _gradient(ctx, upstream)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradient = _RefuseDoubleBackward.apply(gradient, upstream, ctx.saved_tensors[0])
-        return (gradient,) + (None,) * 7
+        find = _gradient_in_place if ctx.inplace else _gradient
+        if not torch.is_grad_enabled():
+            return find(ctx, upstream), None
+        with torch.no_grad():  # create_graph=True
+            gradient = find(ctx, upstream)
+        return _RefuseDoubleBackward.apply(gradient, upstream, ctx.saved_tensors[0]), None
 
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
@@ -256,15 +235,25 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
             logits, targets, weights, token_weights, row_state, scalars, ctx.options, ctx.backend, upstream
         )
     if ctx.backend == "eager" and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient.reshape(ctx.logits_shape)
+        return gradient
     saved = _saved_unless_changed(ctx)
     inputs = row_state = scalars = None
     if saved is not None:
         logits, targets, weights, token_weights, row_state, scalars = saved
+        if ctx.backend == "triton":
+            calls = _triton_calls()
+            tensors = calls.plain(logits, targets, weights, token_weights)
+            state = (row_state.contiguous(), scalars.contiguous())  # hooks on saved tensors may return other strides
+            calls.adjust(ctx.call, tensors, *state, upstream, gradient, ctx.options)
+            return gradient
         inputs = _loss_inputs(logits, targets, weights, token_weights, None)
+        logits, rows = same_rows(inputs.logits, gradient)
+        inputs = inputs._replace(logits=logits)
+    else:
+        rows = as_rows(gradient)
     with torch.autocast(gradient.device.type, enabled=False):
-        backend_module(ctx.backend).adjust(inputs, ctx.options, row_state, scalars, upstream, gradient)
-    return gradient.reshape(ctx.logits_shape)
+        backend_module(ctx.backend).adjust(inputs, ctx.options, row_state, scalars, upstream, rows)
+    return gradient
 
 
 def _saved_unless_changed(ctx: Any) -> tuple[Any, ...] | None:
@@ -324,7 +313,9 @@ def _forward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_stats)
     backend = choose_backend(backend, logits.device, logits.dtype)
-    return tuple(_run_forward(logits, targets, weights, token_weights, normalizer, options, backend, None))  # type: ignore[return-value]
+    outputs, *_ = _run_forward(logits, targets, weights, token_weights, normalizer, options, backend)
+    loss, row_state, scalars, token_count = outputs
+    return loss, row_state, scalars, targets.new_zeros((), dtype=torch.int64) if token_count is None else token_count
 
 
 @_forward_operator.register_fake

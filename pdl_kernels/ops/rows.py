@@ -1,0 +1,65 @@
+"""Logits of any shape and strides as rows, and memory for their gradient."""
+
+import torch
+from torch import Tensor
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """(..., V) as (rows_outer, rows_inner, V), a view unless the leading dimensions cannot be merged into two."""
+    V = logits.shape[-1]
+    leading = logits.shape[:-1]
+    if logits.dim() == 1:
+        return logits.view(1, 1, V)
+    if logits.dim() == 2:
+        return logits.unsqueeze(0)
+    if logits.numel() == 0:
+        return logits.reshape(1, leading.numel(), V)
+    # Merge neighbouring dimensions where one stride steps through both.
+    shape: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(leading, logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if shape and strides[-1] == size * stride:
+            shape[-1] *= size
+            strides[-1] = stride
+        else:
+            shape.append(size)
+            strides.append(stride)
+    if len(shape) > 2:
+        return logits.reshape(1, leading.numel(), V)
+    while len(shape) < 2:
+        shape.insert(0, 1)
+        strides.insert(0, 0)
+    return logits.as_strided((*shape, V), (*strides, logits.stride(-1)))
+
+
+def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
+    """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits.
+
+    Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
+    elements share memory; contiguous then.
+    """
+    steps = sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True) if size > 1)
+    span = 1  # elements from the first to the last
+    apart = True
+    for stride, size in steps:
+        apart = apart and stride >= span
+        span += (size - 1) * stride
+    if not contiguous and rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
+        return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+
+
+def same_rows(logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (rows_outer, rows_inner, V) of one shape; a view of the gradient, whose rows were once the logits'."""
+    rows = as_rows(logits)
+    try:
+        return rows, gradient.view(rows.shape)
+    except RuntimeError:  # a hook on saved tensors returned the logits with other strides
+        row_gradient = as_rows(gradient)
+        return logits.reshape(row_gradient.shape), row_gradient
+
+
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
