@@ -78,7 +78,7 @@ class LossOutputs(NamedTuple):
 
     loss: Tensor  # () or (N,) for "none"
     row_state: Tensor  # (2, N): maximum of the raw logits; sum of exp(z - z of that maximum)
-    scalars: Tensor  # (6,): see SCALARS
+    scalars: Tensor  # (7,): see SCALARS
     token_count: Tensor | None  # (), int64; the Triton backend counts only for statistics
 
 
@@ -99,10 +99,21 @@ class LinearOutputs(NamedTuple):
 
     loss: Tensor  # () or (...) for "none"
     row_state: Tensor  # (2, N) for "none", (2, 0) otherwise: see LossOutputs
-    scalars: Tensor  # (6,): see SCALARS
+    scalars: Tensor  # (7,): see SCALARS
     token_count: Tensor  # (), int64
 
 
 # Indices into LossOutputs.scalars. A denominator of 0 has the inverse 0: its term is 0.
-SCALARS = ("inverse_denominator", "inverse_z_denominator", "weight_total", "nll", "accuracy", "weight_sum")
-INVERSE_DENOMINATOR, INVERSE_Z_DENOMINATOR, WEIGHT_TOTAL, NLL, ACCURACY, WEIGHT_SUM = range(6)
+SCALARS = (
+    "inverse_denominator",
+    "inverse_z_denominator",
+    "weight_total",
+    "nll",
+    "accuracy",
+    "weight_sum",
+    "expected_upstream",  # the upstream gradient that forward forms the gradient for
+)
+INVERSE_DENOMINATOR, INVERSE_Z_DENOMINATOR, WEIGHT_TOTAL, NLL, ACCURACY, WEIGHT_SUM, EXPECTED_UPSTREAM = range(7)
+
+# Magnitudes of upstream gradients to expect again: world sizes, accumulation steps, loss scales. After others 1 is.
+SMALLEST_EXPECTED, LARGEST_EXPECTED = 2.0**-24, 2.0**24

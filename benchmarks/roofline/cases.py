@@ -88,12 +88,15 @@ def _run_case(case: Case) -> None:
     if case.call == "loss":
         launch.forward(inputs, options, None)
     elif case.call == "loss + gradient":
-        launch.forward(inputs, options, empty_gradient(logits))
+        launch.forward(inputs, options, empty_gradient(logits), _empty())
     elif case.call == "gradient":
         per_row = options.reduction == "none"
         upstream = _empty(rows) if per_row else _empty()
-        run = launch.backward if per_row else launch.adjust
-        run(inputs, options, _empty(2, rows), _empty(6), upstream, empty_gradient(logits))
+        arguments = (inputs, options, _empty(2, rows), _empty(7), upstream, empty_gradient(logits))
+        if per_row:
+            launch.backward(*arguments)
+        else:
+            launch.adjust(*arguments, _empty())
     elif case.call == "scale":
         launch.adjust(None, options, None, None, _empty(), logits)
     else:

@@ -5,6 +5,8 @@ rows that contribute nothing are left out; on other devices, where finding them 
 replaced by zeros before any arithmetic.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from pdl_kernels.options import (
     ACCURACY,
+    EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,
     INVERSE_Z_DENOMINATOR,
     NLL,
+    SCALARS,
     WEIGHT_SUM,
     WEIGHT_TOTAL,
     LossInputs,
@@ -41,7 +45,7 @@ class _Rows(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """What each row's three terms are multiplied by, denominators and upstream gradient included, (N,) each."""
+    """What each row's three terms are multiplied by, denominators included, (N,) each."""
 
     target: Tensor
     smoothing: Tensor
@@ -51,6 +55,11 @@ class _Factors(NamedTuple):
     def active(self) -> Tensor:
         """Whether anything of the row enters the loss; a nan factor does."""
         return (self.target != 0) | (self.smoothing != 0) | (self.z != 0)
+
+    def times(self, upstream: Tensor) -> _Factors:
+        """The same in the gradient; rows without a share stay 0 under any upstream gradient, inf and nan included."""
+        upstream = upstream.to(self.target.dtype)
+        return _Factors(*(_product(factor, upstream) for factor in self))
 
 
 @dataclass(frozen=True)
@@ -62,28 +71,32 @@ class _Piece:
 
 
 @torch.no_grad()
-def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
-    """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
-    scalars, token_count = denominators(inputs, options)
+def forward(
+    inputs: LossInputs, options: LossOptions, gradient: Tensor | None, expected_upstream: float = 1.0
+) -> LossOutputs:
+    """The loss, and its gradient for the expected upstream gradient written to `gradient` where one is given."""
+    scalars, token_count = denominators(inputs, options, expected_upstream)
     rows = loss_rows(inputs, options, scalars, gradient)
     loss = reduce_rows(rows, options, scalars, token_count)
     return LossOutputs(loss, rows.state, scalars, token_count)
 
 
 @torch.no_grad()
-def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
+def denominators(inputs: LossInputs, options: LossOptions, expected_upstream: float = 1.0) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
-    return _denominators(inputs, options, _rows(inputs, options))
+    scalars, token_count = _denominators(inputs, options, _rows(inputs, options))
+    scalars[EXPECTED_UPSTREAM] = expected_upstream
+    return scalars, token_count
 
 
 @torch.no_grad()
 def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
-    """Each row's loss, and the gradient for an upstream gradient of 1 written to `gradient` where one is given.
+    """Each row's loss, and the gradient for the expected upstream gradient written to `gradient` where one is given.
 
     `gradient` may be the logits themselves.
     """
     rows = _rows(inputs, options)
-    factors = _factors(inputs, options, rows, scalars, upstream=None)
+    factors = _factors(inputs, options, rows, scalars)
     dtype = scalars.dtype
     read = factors.active | rows.counted if options.return_stats else factors.active
     # What a few numbers per row decide is computed for all rows at once: a piece's arithmetic takes as long as some
@@ -92,8 +105,10 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
     row_max = x_y.new_zeros(inputs.rows)
     largest = scalars.new_ones(inputs.rows)  # probability of the row
     smoothing_sums = scalars.new_zeros(inputs.rows) if options.label_smoothing > 0 else None
+    gradient_factors = factors
     if gradient is not None:
         _zero_rows(gradient, read, inputs)
+        gradient_factors = factors.times(scalars[EXPECTED_UPSTREAM])
     buffers = _Buffers(inputs, options, dtype)
     for piece in _pieces(inputs, read):
         z, p = buffers.fill(piece.logits)  # (R, V) each
@@ -107,7 +122,7 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
             if smoothing_sums is not None:
                 smoothing_sums[piece.index] = _smoothing_sum(inputs.weights, z, z_max, log_sum)
         if gradient is not None:
-            _write_gradient(gradient, piece, inputs, options, rows, factors, scalars, p, lse)
+            _write_gradient(gradient, piece, inputs, options, rows, gradient_factors, scalars, p, lse)
 
     z_max, log_sum = _lse_parts(row_max, largest, options, dtype)
     # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
@@ -152,7 +167,7 @@ def backward(
 ) -> None:
     """Write the gradient for `upstream`, (N,) with any stride or 0-d, to `gradient`."""
     rows = _rows(inputs, options)
-    factors = _factors(inputs, options, rows, scalars, upstream)
+    factors = _factors(inputs, options, rows, scalars).times(upstream)
     active = factors.active
     _zero_rows(gradient, active, inputs)
     buffers = _Buffers(inputs, options, scalars.dtype)
@@ -171,17 +186,19 @@ def adjust(
     upstream: Tensor,
     gradient: Tensor,
 ) -> None:
-    """Make `gradient`, formed for an upstream gradient of 1, right for the 0-d `upstream`.
+    """Make `gradient`, formed for the upstream gradient that `scalars` expects, right for the 0-d `upstream`.
 
     From the logits while they are still there: one rounding, and fp16 gradients that need loss scaling do not
-    underflow before they are scaled. Otherwise by multiplying.
+    underflow before they are scaled. Otherwise by multiplying. Without scalars 1 was expected.
     """
     on_cpu = upstream.device.type == "cpu"
-    if on_cpu and upstream.item() == 1:  # reading it waits for nothing on a CPU
+    expected = upstream.new_ones(()) if scalars is None else scalars[EXPECTED_UPSTREAM]
+    if on_cpu and upstream.item() == expected.item():  # reading them waits for nothing on a CPU
         return
     if inputs is not None and row_state is not None and scalars is not None:
         backward(inputs, options, row_state, scalars, upstream, gradient)
         return
+    upstream = upstream / expected
     if on_cpu and upstream.isfinite():
         gradient.mul_(upstream)
         return
@@ -232,7 +249,7 @@ def _denominators(inputs: LossInputs, options: LossOptions, rows: _Rows) -> tupl
     weight_total = one * inputs.vocab_size
     if options.label_smoothing > 0 and inputs.weights is not None:
         weight_total = inputs.weights.to(weight_sum.dtype).sum()
-    scalars = torch.zeros(6, dtype=weight_sum.dtype, device=weight_sum.device)
+    scalars = torch.zeros(len(SCALARS), dtype=weight_sum.dtype, device=weight_sum.device)
     scalars[INVERSE_DENOMINATOR] = torch.where(denominator == 0, 0, 1 / denominator)
     scalars[INVERSE_Z_DENOMINATOR] = torch.where(z_denominator == 0, 0, 1 / z_denominator)
     scalars[WEIGHT_TOTAL] = weight_total
@@ -240,21 +257,15 @@ def _denominators(inputs: LossInputs, options: LossOptions, rows: _Rows) -> tupl
     return scalars, token_count
 
 
-def _factors(
-    inputs: LossInputs, options: LossOptions, rows: _Rows, scalars: Tensor, upstream: Tensor | None
-) -> _Factors:
+def _factors(inputs: LossInputs, options: LossOptions, rows: _Rows, scalars: Tensor) -> _Factors:
     u, s = rows.token_weights, options.label_smoothing
     inverse, inverse_z = scalars[INVERSE_DENOMINATOR], scalars[INVERSE_Z_DENOMINATOR]
-    scale, z_scale = inverse, inverse_z
-    if upstream is not None:
-        upstream = upstream.to(u.dtype)
-        scale, z_scale = _product(inverse, upstream), _product(inverse_z, upstream)
-    # Rows without a share stay 0 whatever the denominator and the upstream gradient are, inf and nan included.
-    target = _product(u * rows.weights * (1 - s), scale)
+    # Rows without a share stay 0 whatever the denominator is, inf and nan included.
+    target = _product(u * rows.weights * (1 - s), inverse)
     # Never true on CPU, where such a target is refused; elsewhere its row is nan.
     target = torch.where(rows.counted & ~rows.is_class, torch.nan, target)
-    smoothing = _product(u * (s / inputs.vocab_size), scale)
-    z = _product(u.abs() * options.z_loss, z_scale)
+    smoothing = _product(u * (s / inputs.vocab_size), inverse)
+    z = _product(u.abs() * options.z_loss, inverse_z)
     return _Factors(target, smoothing, z)
 
 

@@ -5,7 +5,7 @@
     slice_rows_kernel      rows x slices       maximum and sum of a slice of a row, for few rows
     merge_rows_kernel      a program per row   slices -> loss of the row, its maximum and sum
     gradient_rows_kernel   rows x slices       the gradient from the saved maximum and sum, and an upstream gradient
-    scale_rows_kernel      rows x slices       a finished gradient times the upstream gradient, in place
+    scale_rows_kernel      rows x slices       a finished gradient made right for another upstream gradient, in place
     reduce_rows_kernel     1 program           losses of the rows -> loss, statistics
 
 Tensors, with N rows, V columns and S slices (all sums float32, all orders fixed: bitwise deterministic):
@@ -14,12 +14,14 @@ Tensors, with N rows, V columns and S slices (all sums float32, all orders fixed
     row_state (2, N): row maximum of the raw logits; sum of exp(z - z of that maximum)
     row_stats (2, N): cross entropy of counted rows; 1 where the target reaches the row's maximum
     slice_state (2, N, S): row_state of every slice
-    scalars (6,): 1/D, 1/D_z, sum_j w_j, mean NLL, accuracy, sum of w(y_i) |u_i|
+    scalars (7,): 1/D, 1/D_z, sum_j w_j, mean NLL, accuracy, sum of w(y_i) |u_i|, the upstream gradient counted on
+    remembered (): the last upstream gradient that backward met on this device
 """
 
 import triton
 import triton.language as tl
 
+from pdl_kernels import options
 from pdl_kernels.kernels.rows import (
     LARGEST,
     LN2,
@@ -29,6 +31,7 @@ from pdl_kernels.kernels.rows import (
     row_gradient,
     row_max_and_sum,
     transformed,
+    with_upstream,
 )
 from pdl_kernels.kernels.tiles import (
     block_columns,
@@ -40,6 +43,9 @@ from pdl_kernels.kernels.tiles import (
     row_offset,
     slice_bounds,
 )
+
+SMALLEST_EXPECTED = tl.constexpr(options.SMALLEST_EXPECTED)
+LARGEST_EXPECTED = tl.constexpr(options.LARGEST_EXPECTED)
 
 # One compilation serves every number of rows: alignment comes from VARIANT, not from the values of these arguments.
 UNSPECIALIZED = (
@@ -58,7 +64,7 @@ UNSPECIALIZED = (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def denominators_kernel(
-    targets, weights, token_weights, normalizer, scalars, token_count,
+    targets, weights, token_weights, normalizer, remembered, scalars, token_count,
     rows, V, ignore_index,
     REDUCTION: tl.constexpr, NUMBER: tl.constexpr, SUM_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -105,6 +111,13 @@ def denominators_kernel(
     tl.store(scalars + 3, 0.0)  # the statistics, unless reduce_rows_kernel fills them in
     tl.store(scalars + 4, 0.0)
     tl.store(scalars + 5, weight_sum)
+    # Read once, here: a backward on another stream may change it while the rows are worked on.
+    expected_upstream = tl.full((), 1.0, tl.float32)
+    if remembered is not None:
+        last = tl.load(remembered)
+        usable = (tl.abs(last) >= SMALLEST_EXPECTED) & (tl.abs(last) <= LARGEST_EXPECTED)  # no nan either
+        expected_upstream = tl.where(usable, last, 1.0)
+    tl.store(scalars + 6, expected_upstream)
     if token_count is not None:
         tl.store(token_count, count)
 
@@ -164,7 +177,7 @@ def loss_rows_kernel(
         gradient_row = gradient + gradient_offset
         gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout != "any", VARIANT)
     y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
+        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
     )
     active = contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0)
     read = active
@@ -191,10 +204,14 @@ def loss_rows_kernel(
         smoothing = tl.full((), 0.0, tl.float32)
         if VARIANT.smoothing or gradient is not None:
             weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
+            expected_upstream = 1.0
+            if gradient is not None:
+                expected_upstream = tl.load(scalars + 6)
             if active:
+                target, spread, z = with_upstream(target_factor, smoothing_factor, z_factor, expected_upstream, VARIANT)
                 smoothing = row_gradient(
                     logits_row, interior, gradient_row, gradient_interior, head, columns, 0, columns, V, slice_index,
-                    y, x_y, w_y, row_max, row_sum, target_factor, smoothing_factor, z_factor, weight_total, weights,
+                    y, x_y, w_y, row_max, row_sum, target, spread, z, weight_total, weights,
                     stride_column, gradient_stride_column, logit_scale, softcap, VARIANT,
                 )  # fmt: skip
         store_row_results(
@@ -237,7 +254,7 @@ def slice_rows_kernel(
     head, columns = interior_bounds(offset, V, VARIANT)
     interior = interior_pointer(logits, offset, head, VARIANT.layout != "any", VARIANT)
     _, _, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
+        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
     )
     read = contributes(target_factor, smoothing_factor, z_factor)
     if VARIANT.stats:
@@ -263,7 +280,7 @@ def merge_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     y, _, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
+        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
     )
     read = contributes(target_factor, smoothing_factor, z_factor)
     if VARIANT.stats:
@@ -290,21 +307,29 @@ def merge_rows_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_rows_kernel(
-    logits, gradient, targets, weights, token_weights, scalars, row_state, upstream,
+    logits, gradient, targets, weights, token_weights, scalars, row_state, upstream, remembered,
     upstream_stride, rows, rows_inner, V, stride_outer, stride_row, stride_column,
     gradient_stride_outer, gradient_stride_row, gradient_stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
     slice_tiles,
-    UNLESS_ONE: tl.constexpr, VARIANT: tl.constexpr,
+    UNLESS_EXPECTED: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """With UNLESS_ONE, `gradient` already holds the gradient for an upstream gradient of 1 and is left alone then."""
+    """The gradient for `upstream`, or, without one, for the upstream gradient that is expected.
+
+    With UNLESS_EXPECTED, `gradient` already holds the latter and is left alone if they are equal; `upstream` is
+    remembered.
+    """
     row = tl.program_id(0)
     slice_index = tl.program_id(1)
-    upstream_value = 1.0
     if upstream is not None:
         upstream_value = tl.load(upstream + row.to(tl.int64) * upstream_stride).to(tl.float32)
-    if UNLESS_ONE:
-        if upstream_value == 1.0:
+    else:
+        upstream_value = tl.load(scalars + 6)
+    if UNLESS_EXPECTED:
+        if remembered is not None:
+            if row + slice_index == 0:
+                tl.store(remembered, upstream_value)
+        if upstream_value == tl.load(scalars + 6):
             return
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
@@ -315,9 +340,11 @@ def gradient_rows_kernel(
     gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout != "any", VARIANT)
     begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
     y, w_y, _, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, upstream_value,
-        VARIANT,
-    )  # fmt: skip
+        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
+    )
+    target_factor, smoothing_factor, z_factor = with_upstream(
+        target_factor, smoothing_factor, z_factor, upstream_value, VARIANT
+    )
     if contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0):
         # In place, another slice may have overwritten the target column already; the slice that owns it, alone,
         # uses this value, and reads it before it writes.
@@ -346,9 +373,13 @@ def scaled_gradient(pointers, mask, factor):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def scale_rows_kernel(
-    gradient, upstream, rows_inner, V, stride_outer, stride_row, stride_column, slice_tiles, VARIANT: tl.constexpr
-):
+    gradient, upstream, scalars,
+    rows_inner, V, stride_outer, stride_row, stride_column, slice_tiles, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """`gradient` was formed for the upstream gradient expected by `scalars`, or for 1 without them."""
     factor = tl.load(upstream).to(tl.float32)
+    if scalars is not None:
+        factor = factor / tl.load(scalars + 6)
     if factor == 1.0:
         return
     BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector

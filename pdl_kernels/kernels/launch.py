@@ -17,7 +17,7 @@ from pdl_kernels.kernels import planner
 from pdl_kernels.kernels.launcher import TRITON_VERSION, Launcher, direct_stream
 from pdl_kernels.kernels.planner import VECTOR_BYTES, Device, RowLaunch, next_power_of_two, plan_rows
 from pdl_kernels.kernels.single_pass import single_pass_rows_kernel
-from pdl_kernels.options import LossInputs, LossOptions, LossOutputs, RowOutputs
+from pdl_kernels.options import SCALARS, LossInputs, LossOptions, LossOutputs, RowOutputs
 
 REDUCE_BLOCK = 2048  # rows per step of the single-program kernels
 INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one program per row and slices are exercised
@@ -179,7 +179,7 @@ class RowCall:
         self._slice_launcher(*tensors, scalars, slice_state, stream=stream)
         self._merge_launcher(*tensors, scalars, slice_state, *outputs, stream=stream)
         if gradient is not None:
-            self.gradient_rows(tensors, gradient, scalars, outputs.state, None, stream, unless_one=False)
+            self.gradient_rows(tensors, gradient, scalars, outputs.state, None, None, stream)
 
     def gradient_rows(
         self,
@@ -188,21 +188,22 @@ class RowCall:
         scalars: Tensor,
         row_state: Tensor,
         upstream: Tensor | None,
+        remembered: Tensor | None,
         stream: int | None,
         *,
-        unless_one: bool,
+        unless_expected: bool = False,
     ) -> None:
         upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-        launcher = self._gradient_launchers.get((upstream_stride, unless_one))
+        launcher = self._gradient_launchers.get((upstream_stride, unless_expected))
         if launcher is None:
             numbers = (
                 upstream_stride, *self.shape, *self.gradient_strides, *self.numbers,
-                self.plan.slice_tiles, unless_one, self.variant,
+                self.plan.slice_tiles, unless_expected, self.variant,
             )  # fmt: skip
             grid = (self.rows, self.plan.slices)
             launcher = Launcher(kernels.gradient_rows_kernel, grid, numbers, self.compile_options)
-            self._gradient_launchers[upstream_stride, unless_one] = launcher
-        launcher(tensors[0], gradient, *tensors[1:], scalars, row_state, upstream, stream=stream)
+            self._gradient_launchers[upstream_stride, unless_expected] = launcher
+        launcher(tensors[0], gradient, *tensors[1:], scalars, row_state, upstream, remembered, stream=stream)
 
     @functools.cached_property
     def _loss_launcher(self) -> Launcher:
@@ -252,14 +253,23 @@ class LossCall:
         self.per_row = options.reduction == "none"
         self.stats = options.return_stats
         self.rows = inputs.rows
-        self.denominators = _denominators_launcher(inputs, options)
+        needed = gradient is not None or options.label_smoothing > 0 or options.return_stats
+        normalized = options.reduction in ("mean", "token_mean")
+        self.denominators = _denominators_launcher(inputs, options) if needed or normalized else None
         self.loss_rows = _LossRows(inputs, options, gradient)
         self.reduce = _reduce_launcher(inputs.rows, options)
 
-    def __call__(self, tensors: RowTensors, normalizer: Tensor | float | None, gradient: Tensor | None) -> LossOutputs:
-        """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
+    def __call__(
+        self,
+        tensors: RowTensors,
+        normalizer: Tensor | float | None,
+        gradient: Tensor | None,
+        remembered: Tensor | None = None,
+    ) -> LossOutputs:
+        """What `forward` returns and writes."""
         per_row, stats, rows = self.per_row, self.stats, self.rows
-        scalars = _scalars(tensors[0].device, self.denominators)
+        make = torch.zeros if self.denominators is None else torch.empty
+        scalars = make(len(SCALARS), dtype=torch.float32, device=tensors[0].device)
         new_empty = scalars.new_empty
         token_count = new_empty((), dtype=torch.int64) if stats else None
         outputs = RowOutputs(new_empty(rows), new_empty(2, rows), new_empty(2, rows) if stats else None)
@@ -267,37 +277,33 @@ class LossCall:
         with on_device(scalars):
             stream = direct_stream()
             if self.denominators is not None:
-                self.denominators(*tensors[1:], normalizer, scalars, token_count, stream=stream)
+                self.denominators(*tensors[1:], normalizer, remembered, scalars, token_count, stream=stream)
             self.loss_rows(tensors, gradient, scalars, outputs, stream)
             if self.reduce is not None:
                 self.reduce(outputs.loss, outputs.stats, scalars, token_count, None if per_row else loss, stream=stream)
         return LossOutputs(loss, outputs.state, scalars, token_count)
 
 
-def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
-    """The loss, and its gradient for an upstream gradient of 1 written to `gradient` where one is given."""
-    return LossCall(inputs, options, gradient)(inputs[:4], inputs.normalizer, gradient)
+def forward(
+    inputs: LossInputs, options: LossOptions, gradient: Tensor | None, remembered: Tensor | None = None
+) -> LossOutputs:
+    """The loss, and its gradient written to `gradient` where one is given.
+
+    For an upstream gradient of 1, or for the one in `remembered`, which becomes `scalars[EXPECTED_UPSTREAM]`.
+    """
+    return LossCall(inputs, options, gradient)(inputs[:4], inputs.normalizer, gradient, remembered)
 
 
 def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
-    launcher = _denominators_launcher(inputs, options)
-    scalars = _scalars(inputs.targets.device, launcher)
-    token_count = scalars.new_zeros((), dtype=torch.int64)
-    if launcher is not None:
-        with on_device(scalars):
-            launcher(*inputs[1:], scalars, token_count)
+    scalars = torch.empty(len(SCALARS), dtype=torch.float32, device=inputs.targets.device)
+    token_count = scalars.new_empty((), dtype=torch.int64)
+    with on_device(scalars):
+        _denominators_launcher(inputs, options)(*inputs[1:], None, scalars, token_count)
     return scalars, token_count
 
 
-def _scalars(device: torch.device, filled_by: Launcher | None) -> Tensor:
-    make = torch.zeros if filled_by is None else torch.empty
-    return make(6, dtype=torch.float32, device=device)
-
-
-def _denominators_launcher(inputs: LossInputs, options: LossOptions) -> Launcher | None:
-    if options.reduction not in ("mean", "token_mean") and options.label_smoothing == 0 and not options.return_stats:
-        return None
+def _denominators_launcher(inputs: LossInputs, options: LossOptions) -> Launcher:
     numbers = (
         inputs.rows, inputs.vocab_size, options.ignore_index,
         options.reduction, isinstance(inputs.normalizer, float),
@@ -307,7 +313,7 @@ def _denominators_launcher(inputs: LossInputs, options: LossOptions) -> Launcher
 
 
 def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
-    """Each row's loss, and the gradient for an upstream gradient of 1 written to `gradient` where one is given.
+    """Each row's loss, and the gradient for the expected upstream gradient written to `gradient` where one is given.
 
     `gradient` may be the logits themselves.
     """
@@ -414,7 +420,10 @@ def backward(
     inputs: LossInputs, options: LossOptions, row_state: Tensor, scalars: Tensor, upstream: Tensor, gradient: Tensor
 ) -> None:
     """Write the gradient for `upstream`, (N,) with any stride or 0-d, to `gradient`."""
-    _gradient(inputs, options, row_state, scalars, upstream, gradient, unless_one=False)
+    if inputs.rows > 0:
+        with on_device(inputs.logits):
+            call = gradient_call(inputs, options, gradient)
+            call.gradient_rows(inputs[:4], gradient, scalars, row_state, upstream, None, None)
 
 
 def adjust(
@@ -424,18 +433,23 @@ def adjust(
     scalars: Tensor | None,
     upstream: Tensor,
     gradient: Tensor,
+    remembered: Tensor | None = None,
 ) -> None:
-    """Make `gradient`, formed for an upstream gradient of 1, right for the 0-d `upstream`, without reading it here.
+    """Make `gradient`, formed for the upstream gradient that `scalars` expects, right for the 0-d `upstream`.
 
-    From the logits while they are still there: one rounding, and fp16 gradients that need loss scaling do not
-    underflow before they are scaled. Otherwise by multiplying.
+    Without reading it here. From the logits while they are still there: one rounding, and fp16 gradients that need
+    loss scaling do not underflow before they are scaled. Otherwise by multiplying. Without scalars 1 was expected.
     """
-    if inputs is not None and row_state is not None and scalars is not None:
-        _gradient(inputs, options, row_state, scalars, upstream, gradient, unless_one=True)
-        return
     rows_outer, rows_inner, V = gradient.shape
     rows = rows_outer * rows_inner
     if rows == 0:
+        return
+    if inputs is not None and row_state is not None and scalars is not None:
+        with on_device(inputs.logits):
+            call = gradient_call(inputs, options, gradient)
+            call.gradient_rows(
+                inputs[:4], gradient, scalars, row_state, upstream, remembered, None, unless_expected=True
+            )
         return
     device = device_of(gradient.device)
     plan = plan_rows(
@@ -445,26 +459,9 @@ def adjust(
     variant = make_variant(gradient, LossOptions(), None, plan)
     with on_device(gradient):
         kernels.scale_rows_kernel[(rows, plan.slices)](
-            gradient, upstream, rows_inner, V, *gradient.stride(), plan.slice_tiles, variant,
+            gradient, upstream, scalars, rows_inner, V, *gradient.stride(), plan.slice_tiles, variant,
             **row_compile_options(plan, device.limits_registers),
         )  # fmt: skip
-
-
-def _gradient(
-    inputs: LossInputs,
-    options: LossOptions,
-    row_state: Tensor,
-    scalars: Tensor,
-    upstream: Tensor,
-    gradient: Tensor,
-    *,
-    unless_one: bool,
-) -> None:
-    if inputs.rows == 0:
-        return
-    with on_device(inputs.logits):
-        call = gradient_call(inputs, options, gradient)
-        call.gradient_rows(inputs[:4], gradient, scalars, row_state, upstream, None, unless_one=unless_one)
 
 
 def gradient_call(inputs: LossInputs, options: LossOptions, gradient: Tensor) -> RowCall:

@@ -158,10 +158,9 @@ def product(factor, value):
 
 @triton.jit
 def row_factors(
-    row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, upstream,
-    VARIANT: tl.constexpr,
-):  # fmt: skip
-    """What the row's three terms are multiplied by, denominators and upstream gradient included.
+    row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT: tl.constexpr
+):
+    """What the row's three terms are multiplied by in the loss, denominators included.
 
     Returns (y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor); y is 0 where the target is no class.
     """
@@ -181,17 +180,26 @@ def row_factors(
         inverse = tl.load(scalars)
         inverse_z = tl.load(scalars + 1)
     u = tl.where(counted, token_weight, 0.0)
-    scale = product(inverse, upstream)
     target_factor = u * w_y
     smoothing_factor = 0.0
     z_factor = 0.0
     if VARIANT.smoothing:
         target_factor = target_factor * (1.0 - label_smoothing)
-        smoothing_factor = product(u, label_smoothing / V * scale)
+        smoothing_factor = product(u, label_smoothing / V * inverse)
     if VARIANT.z_loss:
-        z_factor = product(tl.abs(u), z_loss * product(inverse_z, upstream))
-    target_factor = product(target_factor, scale)
+        z_factor = product(tl.abs(u), z_loss * inverse_z)
+    target_factor = product(target_factor, inverse)
     return safe_y, w_y, counted, counted & (exists == 0), target_factor, smoothing_factor, z_factor
+
+
+@triton.jit
+def with_upstream(target_factor, smoothing_factor, z_factor, upstream, VARIANT: tl.constexpr):
+    """The same factors in the gradient."""
+    if VARIANT.smoothing:
+        smoothing_factor = product(smoothing_factor, upstream)
+    if VARIANT.z_loss:
+        z_factor = product(z_factor, upstream)
+    return product(target_factor, upstream), smoothing_factor, z_factor
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from pdl_kernels.kernels.rows import (
     row_factors,
     transform_derivative,
     transformed,
+    with_upstream,
 )
 from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, interior_bounds, interior_pointer, row_offset
 
@@ -223,8 +224,9 @@ def single_pass_rows_kernel(
     gradient_row = gradient + gradient_offset
     gradient_interior = interior_pointer(gradient, gradient_offset, head, True, VARIANT)
     y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, 1.0, VARIANT
+        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
     )
+    expected_upstream = tl.load(scalars + 6)
     active = contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0)
     read = active
     if VARIANT.stats:
@@ -290,12 +292,15 @@ def single_pass_rows_kernel(
             # Always true, which the compiler cannot know: without a branch here it spills.
             writes = active & (rows > 0)
         if writes:
+            gradient_factor, spread_factor, z_gradient_factor = with_upstream(
+                target_factor, smoothing_factor, z_factor, expected_upstream, VARIANT
+            )
             common = 0.0  # what the smoothing and z-loss terms add to every column's factor
             if VARIANT.smoothing:
-                common += smoothing_factor * weight_total
+                common += spread_factor * weight_total
             if VARIANT.z_loss:
-                common += 2.0 * z_factor * (reference + log_sum)
-            factor = (target_factor + common) / row_sum
+                common += 2.0 * z_gradient_factor * (reference + log_sum)
+            factor = (gradient_factor + common) / row_sum
             row_rate, row_shift, row_correction = exp_terms(reference)
             if VARIANT.hold_exps:
                 scales = spread(factor * correction * exp_difference(lane_reference, reference), VARIANT)
@@ -312,7 +317,7 @@ def single_pass_rows_kernel(
                     terms = tl.math.exp2(tl.fma(z, row_rate, -row_shift)) * scales
                 g, chunk_smoothing = gradient_of(
                     x, terms, head + chunk * SIZE + index, index < columns - chunk * SIZE, log_sum, reference,
-                    smoothing_factor, weights, logit_scale, softcap, VARIANT,
+                    spread_factor, weights, logit_scale, softcap, VARIANT,
                 )  # fmt: skip
                 if VARIANT.smoothing:
                     smoothing_sums += chunk_smoothing
@@ -320,7 +325,7 @@ def single_pass_rows_kernel(
             if VARIANT.edges:
                 edge_terms = tl.math.exp2(tl.fma(edge_z, row_rate, -row_shift)) * (factor * row_correction)
                 edge_g, edge_smoothing = gradient_of(
-                    edge_x, edge_terms, edge, edge_exists, log_sum, reference, smoothing_factor, weights, logit_scale,
+                    edge_x, edge_terms, edge, edge_exists, log_sum, reference, spread_factor, weights, logit_scale,
                     softcap, VARIANT,
                 )  # fmt: skip
             if VARIANT.smoothing:
@@ -332,9 +337,9 @@ def single_pass_rows_kernel(
             z_y = transformed(x_y, logit_scale, softcap, VARIANT)
             exp_y = exp_difference(z_y, reference)
             # p_y - 1 is formed in float32 from the sum without the target, and stored once.
-            g_y = (common * exp_y - target_factor * (row_sum - exp_y)) / row_sum
+            g_y = (common * exp_y - gradient_factor * (row_sum - exp_y)) / row_sum
             if VARIANT.smoothing:
-                g_y -= smoothing_factor * w_y
+                g_y -= spread_factor * w_y
             if VARIANT.softcap or VARIANT.scale:
                 g_y = g_y * transform_derivative(x_y, logit_scale, softcap, VARIANT)
             # Written over the bulk store's value. No race: this store has the shape of the bulk stores and hence their

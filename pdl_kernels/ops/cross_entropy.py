@@ -1,7 +1,9 @@
 """The loss on logits as one differentiable operation: an autograd function, and operators for torch.compile.
 
-In eager mode the gradient is formed in forward, for an upstream gradient of 1, and handed over by the first backward,
-which adjusts it if the upstream gradient turns out to be another. It is never touched again: `.grad` may share its
+In eager mode the gradient is formed in forward, for the upstream gradient that the last backward met on this device
+(loss scaling, accumulation and averaging over ranks use the same one for thousands of steps), and handed over by the
+first backward, which adjusts it if the upstream gradient turns out to be another. In place it is formed for an upstream
+gradient of 1: nothing would be left to form another from. It is never touched again: `.grad` may share its
 storage. Every later backward starts from the saved logits. Under torch.compile two functional operators do the same
 without mutation: forward returns the loss, backward forms the gradient from the logits.
 """
@@ -16,8 +18,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pdl_kernels.backends import backend_module, choose_backend
+from pdl_kernels.eager import cross_entropy as eager
 from pdl_kernels.ops.rows import as_rows, empty_gradient, same_rows, share_storage
-from pdl_kernels.options import LossInputs, LossOptions, LossOutputs
+from pdl_kernels.options import (
+    EXPECTED_UPSTREAM,
+    LARGEST_EXPECTED,
+    SCALARS,
+    SMALLEST_EXPECTED,
+    LossInputs,
+    LossOptions,
+    LossOutputs,
+)
 
 VALIDATE_VARIABLE = "PDL_KERNELS_VALIDATE"
 DOUBLE_BACKWARD_MESSAGE = (
@@ -97,9 +108,9 @@ def _run_forward(
     with_gradient: bool = False,
     inplace: bool = False,
 ) -> tuple[LossOutputs, Tensor | None, Any]:
-    """The loss, if asked its gradient for an upstream gradient of 1, (..., V), and Triton's call for `adjust`.
+    """The loss, if asked its gradient for `scalars[EXPECTED_UPSTREAM]`, (..., V), and Triton's call for `adjust`.
 
-    With `inplace` the gradient is the logits themselves, unless they had to be copied.
+    With `inplace` the gradient is the logits themselves, unless they had to be copied, and 1 is expected.
     """
     check_targets(targets, logits.shape[-1], options.ignore_index)
     if backend == "triton":
@@ -115,8 +126,9 @@ def _run_forward(
         if with_gradient:
             inplace = inplace and share_storage(inputs.logits, logits)
             gradient = inputs.logits if inplace else empty_gradient(inputs.logits)
+        expected = 1.0 if inplace or gradient is None else _expected_upstream(logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            outputs = backend_module(backend).forward(inputs, options, gradient)
+            outputs = eager.forward(inputs, options, gradient, expected)
         if gradient is not None:
             gradient = logits if inplace else gradient.reshape(logits.shape)
     if options.reduction == "none":
@@ -149,9 +161,7 @@ def _run_backward(
     gradient = empty_gradient(inputs.logits, contiguous=contiguous)
     flat_upstream = upstream.reshape(-1) if options.reduction == "none" else upstream
     with torch.autocast(logits.device.type, enabled=False):
-        backend_module(backend).backward(
-            inputs, options, row_state.contiguous(), scalars.contiguous(), flat_upstream, gradient
-        )
+        backend_module(backend).backward(inputs, options, row_state.contiguous(), scalars, flat_upstream, gradient)
     return gradient.reshape(logits.shape)
 
 
@@ -207,7 +217,8 @@ class _CrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(logits)  # the gradient is in them, and nothing else is needed
         else:
             ctx.gradient = gradient
-            ctx.save_for_backward(logits, targets, weights, token_weights, outputs.row_state, outputs.scalars)
+            ctx.scalars = outputs.scalars  # here and not saved: they say what `gradient` is if the logits have changed
+            ctx.save_for_backward(logits, targets, weights, token_weights, outputs.row_state)
         ctx.set_materialize_grads(False)
         if not options.return_stats:
             return outputs.loss
@@ -229,31 +240,47 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, ctx.gradient = ctx.gradient, None
+    scalars = ctx.scalars
     if gradient is None:
-        logits, targets, weights, token_weights, row_state, scalars = ctx.saved_tensors
+        logits, targets, weights, token_weights, row_state = ctx.saved_tensors
         return _run_backward(
             logits, targets, weights, token_weights, row_state, scalars, ctx.options, ctx.backend, upstream
         )
-    if ctx.backend == "eager" and upstream.device.type == "cpu" and upstream.item() == 1:
-        return gradient
+    if ctx.backend == "eager" and upstream.device.type == "cpu":
+        _remember(upstream.item())  # which waits for nothing on a CPU
+        if upstream.item() == scalars[EXPECTED_UPSTREAM].item():
+            return gradient
     saved = _saved_unless_changed(ctx)
-    inputs = row_state = scalars = None
-    if saved is not None:
-        logits, targets, weights, token_weights, row_state, scalars = saved
+    inputs = row_state = None
+    if saved is None:
+        rows = as_rows(gradient)
+    else:
+        logits, targets, weights, token_weights, row_state = saved
+        row_state = row_state.contiguous()  # hooks on saved tensors may return other strides
         if ctx.backend == "triton":
             calls = _triton_calls()
             tensors = calls.plain(logits, targets, weights, token_weights)
-            state = (row_state.contiguous(), scalars.contiguous())  # hooks on saved tensors may return other strides
-            calls.adjust(ctx.call, tensors, *state, upstream, gradient, ctx.options)
+            calls.adjust(ctx.call, tensors, row_state, scalars, upstream, gradient, ctx.options)
             return gradient
         inputs = _loss_inputs(logits, targets, weights, token_weights, None)
         logits, rows = same_rows(inputs.logits, gradient)
         inputs = inputs._replace(logits=logits)
-    else:
-        rows = as_rows(gradient)
     with torch.autocast(gradient.device.type, enabled=False):
         backend_module(ctx.backend).adjust(inputs, ctx.options, row_state, scalars, upstream, rows)
     return gradient
+
+
+_last_upstream = 1.0  # that a backward of the eager backend met on the CPU; the Triton backend's are on the devices
+
+
+def _remember(upstream: float) -> None:
+    global _last_upstream
+    _last_upstream = upstream
+
+
+def _expected_upstream(device: torch.device) -> float:
+    last = _last_upstream
+    return last if device.type == "cpu" and SMALLEST_EXPECTED <= abs(last) <= LARGEST_EXPECTED else 1.0
 
 
 def _saved_unless_changed(ctx: Any) -> tuple[Any, ...] | None:
@@ -337,7 +364,7 @@ def _(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=dtype)
     row_state = targets.new_empty((2, targets.numel()), dtype=dtype)
-    return loss, row_state, targets.new_empty((6,), dtype=dtype), targets.new_empty((), dtype=torch.int64)
+    return loss, row_state, targets.new_empty((len(SCALARS),), dtype=dtype), targets.new_empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("pdl_kernels::cross_entropy_backward", mutates_args=())

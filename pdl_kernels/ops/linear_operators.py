@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdl_kernels.backends import choose_backend
 from pdl_kernels.ops.linear_chunks import Gradients, Run
-from pdl_kernels.options import LinearInputs, LinearOptions, LinearOutputs, LossOptions
+from pdl_kernels.options import SCALARS, LinearInputs, LinearOptions, LinearOutputs, LossOptions
 
 
 def forward(
@@ -114,7 +114,7 @@ def _(
     return (
         targets.new_empty(targets.shape if per_row else (), dtype=result),
         targets.new_empty((2, rows if per_row else 0), dtype=result),
-        targets.new_empty((6,), dtype=result),
+        targets.new_empty((len(SCALARS),), dtype=result),
         targets.new_empty((), dtype=torch.int64),
         gradient(needs_hidden, rows, H),
         gradient(needs_weight, V, H),

@@ -7,6 +7,7 @@ options. Only then does the second use what the first has left: a LossCall, whic
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pdl_kernels.kernels import launch
@@ -70,7 +71,10 @@ def forward(
     gradient: bool,
     inplace: bool,
 ) -> tuple[LossOutputs, Tensor | None, Call]:
-    """The loss, and if asked its gradient for an upstream gradient of 1, of the shape of the logits."""
+    """The loss, and if asked its gradient, of the shape of the logits.
+
+    In place for an upstream gradient of 1, else for the last one on this device.
+    """
     logits, targets, weights, token_weights = tensors
     strides = logits.stride()
     key = (
@@ -84,10 +88,27 @@ def forward(
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
-    made = None
-    if gradient:
-        made = logits if inplace else logits.new_empty_strided(logits.shape, call.gradient_strides)
-    return call.loss(tensors, normalizer, made), made, call
+    if not gradient:
+        return call.loss(tensors, normalizer, None), None, call
+    if inplace:
+        return call.loss(tensors, normalizer, logits), logits, call
+    made = logits.new_empty_strided(logits.shape, call.gradient_strides)
+    return call.loss(tensors, normalizer, made, remembered_upstream(logits.device)), made, call
+
+
+_remembered: dict[torch.device, Tensor] = {}
+
+
+def remembered_upstream(device: torch.device) -> Tensor | None:
+    """The last upstream gradient that a backward met on this device, () float32; None while there is no place for it.
+
+    Kernels read and write it, also those of captured graphs. Whatever it holds, results are right: forward works with
+    its own copy, and backward with that.
+    """
+    found = _remembered.get(device)
+    if found is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        found = _remembered[device] = torch.ones((), dtype=torch.float32, device=device)
+    return found
 
 
 def _work_out(
@@ -110,19 +131,19 @@ def adjust(
     call: Call,  # of the forward with these tensors, unless hooks on saved tensors returned others
     tensors: launch.RowTensors,  # as `plain` returns them
     row_state: Tensor,  # (2, N)
-    scalars: Tensor,  # (6,)
+    scalars: Tensor,  # (7,)
     upstream: Tensor,  # ()
     gradient: Tensor,  # (..., V)
     options: LossOptions,
 ) -> None:
-    """Make `gradient`, formed for an upstream gradient of 1, right for `upstream`, without reading it here."""
+    """Make `gradient`, formed for an expected upstream gradient, right for `upstream`, without reading it here."""
     logits, targets, weights, token_weights = tensors
     if targets.numel() == 0:
         return
     if logits.stride() != call.logits_strides or (logits.dim() > 2 and gradient.stride() != call.logits_strides):
         rows, row_gradient = same_rows(logits, gradient)  # they may split into rows differently
         inputs = LossInputs(rows, targets.view(-1), weights, token_weights, None)
-        launch.adjust(inputs, options, row_state, scalars, upstream, row_gradient)
+        launch.adjust(inputs, options, row_state, scalars, upstream, row_gradient, remembered_upstream(logits.device))
         return
     key = (
         _offset(logits), _offset(targets), _offset(weights), _offset(token_weights),
@@ -132,6 +153,9 @@ def adjust(
     if row_call is None:
         inputs = LossInputs(as_rows(logits), targets.view(-1), weights, token_weights, None)
         row_call = call.backward[key] = launch.gradient_call(inputs, options, as_rows(gradient))
+    remembered = remembered_upstream(logits.device)
     with launch.on_device(logits):
         stream = launch.direct_stream()
-        row_call.gradient_rows(tensors, gradient, scalars, row_state, upstream, stream, unless_one=True)
+        row_call.gradient_rows(
+            tensors, gradient, scalars, row_state, upstream, remembered, stream, unless_expected=True
+        )
