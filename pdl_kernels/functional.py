@@ -107,8 +107,8 @@ def pdl_cross_entropy(
 
     Cost, in bytes per logit of b bytes: forward reads b; with a gradient it reads b once or twice, the second time
     meant to hit the second-level cache, and writes b. Kept for backward: the gradient and the logits, and 8 bytes a
-    token. Backward is free for the upstream gradient that the last backward on this device met; in place, for 1. Another
-    value costs one more read and write.
+    token. Backward is free for the upstream gradient that the last backward on this device met; in place, for 1.
+    Another value costs one more read and write.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
     >>> loss = pdl_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))

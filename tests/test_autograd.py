@@ -743,13 +743,16 @@ def test_no_synchronisation(upstream, inplace, problem):
 
 @pytest.mark.gpu
 @pytest.mark.lesson("synchronisation on the hot path")
-def test_cuda_graph(problem):
-    logits, targets, weights, expected = problem
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_cuda_graph(problem, upstream):
+    """Replays see other targets, weights and normalizers, and other upstream gradients met in between."""
+    logits, targets, weights, _ = problem
     leaf = logits.clone().requires_grad_()
+    normalizer = torch.tensor(7.0, device="cuda")
 
     def step():
-        loss = pdl_cross_entropy(leaf, targets, weights)
-        return torch.autograd.grad(3 * loss, leaf)[0]
+        loss = pdl_cross_entropy(leaf, targets, weights, normalizer=normalizer)
+        return torch.autograd.grad(upstream * loss, leaf)[0]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -758,10 +761,17 @@ def test_cuda_graph(problem):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gradient = step()
-    gradient.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_gradient(gradient, 3 * expected)
+    for replay in range(3):
+        targets.copy_(targets.roll(replay))
+        weights.copy_(weights.roll(replay))
+        normalizer.fill_(7.0 + replay)
+        exact = run_reference(logits, targets, weights, normalizer=normalizer).gradient
+        gradient.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_gradient(gradient, upstream * exact.to(gradient.device))
+        pdl_cross_entropy(leaf, targets, weights).mul(replay).backward()  # another upstream gradient is remembered
+        leaf.grad = None
 
 
 @pytest.mark.gpu
