@@ -37,10 +37,10 @@ def available(
         if contender.peer != OURS and contender.peer not in peers:
             continue
         reason = contender.problem(device)
-        if reason is None and quick and contender.compiles_per_shape:
-            reason = "--quick leaves it out: it compiles for every shape (name it with --peers to have it)"
-        if reason is None:
-            found.append(contender)
-        else:
+        if reason is not None:
             reasons[contender.peer] = reason
+        elif quick and contender.not_quick:
+            reasons[contender.name] = f"--quick leaves it out: {contender.not_quick}"
+        else:
+            found.append(contender)
     return found, reasons

@@ -29,7 +29,7 @@ class Contender:
         overwrites: what the logits held is gone afterwards; they are restored before every run, untimed.
         problem: why it cannot run on a device, or None. It may import the peer.
         packages: distributions whose versions are recorded.
-        compiles_per_shape: seconds of compilation for each shape, so that --quick leaves it out.
+        not_quick: why --quick leaves it out, or None.
         linear: it takes hidden states and the output layer instead of logits.
     """
 
@@ -40,7 +40,7 @@ class Contender:
     overwrites: bool = False
     problem: Callable[[torch.device], str | None] = field(default=runs_anywhere)
     packages: tuple[str, ...] = ()
-    compiles_per_shape: bool = False
+    not_quick: str | None = None
     linear: bool = False
 
 
