@@ -108,8 +108,8 @@ def test_exponentials_take_one_fused_multiply_add(compiled):
     for variant in plain:
         first, second = variant["walks"]
         assert variant["fused_multiply_add"] >= first["elements"] + second["elements"], name(variant)
-        # An exponential per element, and what a tile's rescaling takes.
-        assert first["special"] <= first["elements"] + 2, name(variant)
+        # An exponential per element, and what a tile's rescaling takes: in older Triton also tiles of other shapes.
+        assert first["special"] <= first["elements"] + (2 if CLUSTERS else 4), name(variant)
         assert second["special"] == second["elements"], name(variant)
 
 
