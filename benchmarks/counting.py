@@ -10,7 +10,6 @@ second are of the counting alone, memory is the process's peak, with torch and d
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import platform
 import re
@@ -26,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.results import write_record
 from pdl_kernels import TokenCounts
-from pdl_kernels.files import replace_file
 
 VOCAB_SIZE = 131_072
 SEQUENCES = 20_000
@@ -117,9 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"),
     }
     record = {"environment": environment, "vocab_size": VOCAB_SIZE, "sequences": SEQUENCES, "samples": samples}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(options.output, (json.dumps(record, indent=1) + "\n").encode())
-    print(f"written: {options.output}")
+    write_record(options.output, record)
     return 0
 
 

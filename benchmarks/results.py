@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.inputs import Case
 from benchmarks.timing import Summary, summarize
+from pdl_kernels.files import replace_file
 
 SCHEMA = "pdl-kernels benchmark"
 VERSION = 1
@@ -121,3 +122,10 @@ def recorded(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
             if is_ours(content):
                 found[path.resolve()] = (path, load(path))
     return sorted(found.values(), key=lambda entry: entry[1]["environment"]["date"])
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """A measurement of its own, which is not the suite's document; atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    print(f"written: {path}")

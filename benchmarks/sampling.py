@@ -10,7 +10,6 @@ share of rows that stay out of the backward products, over all batches; and the 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import environment
+from benchmarks.results import write_record
 from pdl_kernels import PowerLawWeighting, TokenCounts, pdl_linear_cross_entropy
 from pdl_kernels.commands.arguments import load_tokenizer
 from pdl_kernels.corpus_files import open_corpus
-from pdl_kernels.files import replace_file
 from pdl_kernels.ops.row_sampling import sample_rows
 from pdl_kernels.tokenizers import encoder_of, end_of_text_id, vocab_size_of
 
@@ -71,8 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("results/sampling.json"))
     options = parser.parse_args(arguments)
 
-    tokenizer = load_tokenizer(options.tokenizer)
-    targets = targets_of(options.corpus, tokenizer)
+    try:
+        tokenizer = load_tokenizer(options.tokenizer)
+        targets = targets_of(options.corpus, tokenizer)
+        if len(targets) < options.batch:
+            found = f"{options.corpus} has {len(targets)} targets"
+            raise ValueError(f"{found}; accepted are at least as many as --batch, {options.batch}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     counts = TokenCounts(vocab_size_of(tokenizer)).update(targets, shift=False)
     torch.manual_seed(0)
     hidden = torch.randn(options.batch, options.hidden, requires_grad=True)
@@ -104,9 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "share": options.share,
         "rows": found,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(options.output, (json.dumps(record, indent=1) + "\n").encode())
-    print(f"written: {options.output}")
+    write_record(options.output, record)
     return 0
 
 

@@ -2,7 +2,7 @@
 
 Two calls are alike if everything is the same that decides which kernels run, in which shape, and how Triton compiles
 them: shapes, strides, dtypes, the device, which tensors are given and at which offset from 16 bytes they start, and the
-options. Only then does the second use what the first has left: a LossCall, which holds no tensor.
+options. Only then does the second use what the first has left: a Call, which holds no tensor.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from pdl_kernels.kernels import launch
 from pdl_kernels.ops.rows import as_rows, empty_gradient, same_rows, share_storage
 from pdl_kernels.options import LossInputs, LossOptions, LossOutputs
 
-MAX_CALLS = 512  # kept, in each direction; a call takes a few kilobytes
+MAX_CALLS = 512  # kept; one takes a few kilobytes
 
 
 class Call:
@@ -52,7 +52,7 @@ def plain(logits: Tensor, targets: Tensor, weights: Tensor | None, token_weights
     )
 
 
-def _offset(tensor: Tensor | None) -> int | None:
+def _offset(tensor: Tensor | None) -> int:
     """From 16 bytes; -1 for no tensor."""
     return -1 if tensor is None else tensor.data_ptr() % launch.VECTOR_BYTES
 
