@@ -101,7 +101,8 @@ def pdl_cross_entropy(
         ValueError: shapes, sizes, devices or options.
         TypeError: dtypes and types.
         IndexError: a target that is neither a class nor `ignore_index`, on CPU. On a GPU it makes the row's loss and
-            gradient nan without waiting for the device; PDL_KERNELS_VALIDATE=1 raises there too.
+            gradient nan without waiting for the device; PDL_KERNELS_VALIDATE=1, set before the first call, raises
+            there too.
         NotImplementedError: `weights`, `token_weights` or `normalizer` require grad.
         RuntimeError: the backend cannot run; a second derivative; a functorch transform.
 

@@ -8,6 +8,7 @@ import torch
 from helpers import make_logits, make_targets, make_weights, run_reference
 
 from pdl_kernels import LossStats, PDLCrossEntropyLoss, pdl_cross_entropy
+from pdl_kernels.ops import cross_entropy as operation
 
 V = 20
 
@@ -195,7 +196,7 @@ def test_sharded_logits_are_refused_by_name(backend):
 @pytest.mark.parametrize("wrong", [V, V + 10**6, -1, -101, 2**31 - 1])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_target_out_of_range(backend, wrong, dtype, inputs, monkeypatch):
-    monkeypatch.setenv("PDL_KERNELS_VALIDATE", "1")  # a GPU asks for it; a CPU always checks
+    monkeypatch.setattr(operation, "validates_on_device", lambda: True)  # a CPU always checks
     logits, targets = inputs
     targets = targets.to(dtype)
     targets[0, 0] = -100
@@ -222,9 +223,28 @@ def test_ignore_index_is_never_out_of_range(backend, inputs):
         assert pdl_cross_entropy(logits, wide, ignore_index=ignore_index, backend=backend).isfinite()
 
 
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), (None, False)])
+def test_the_variable_that_asks_for_validation_is_read_once(value, expected, monkeypatch):
+    set_variable(monkeypatch, value)
+    operation.validates_on_device.cache_clear()
+    try:
+        assert operation.validates_on_device() is expected
+        set_variable(monkeypatch, "0" if expected else "1")
+        assert operation.validates_on_device() is expected
+    finally:
+        operation.validates_on_device.cache_clear()
+
+
+def set_variable(monkeypatch, value):
+    if value is None:
+        monkeypatch.delenv("PDL_KERNELS_VALIDATE", raising=False)
+    else:
+        monkeypatch.setenv("PDL_KERNELS_VALIDATE", value)
+
+
 @pytest.mark.gpu
 def test_target_out_of_range_is_nan_on_a_gpu(inputs, monkeypatch):
-    monkeypatch.delenv("PDL_KERNELS_VALIDATE", raising=False)
+    monkeypatch.setattr(operation, "validates_on_device", lambda: False)
     logits, targets = inputs
     targets[1, 2] = V
     leaf = logits.clone().requires_grad_()

@@ -165,13 +165,20 @@ def _run_backward(
     return gradient.reshape(logits.shape)
 
 
+@functools.cache
+def validates_on_device() -> bool:
+    """Asked for once: looking for a variable that is not there takes four microseconds."""
+    return os.environ.get(VALIDATE_VARIABLE, "0") == "1"
+
+
 def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise IndexError for a target that is neither a class nor `ignore_index`.
 
-    Always on CPU tensors. On other devices it would wait for the device, so only with PDL_KERNELS_VALIDATE=1.
+    Always on CPU tensors. On other devices it would wait for the device, so only with PDL_KERNELS_VALIDATE=1, set
+    before the first call.
     """
     if targets.device.type != "cpu":
-        if os.environ.get(VALIDATE_VARIABLE, "0") != "1":
+        if not validates_on_device():
             return
         if targets.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -201,24 +208,24 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Any, ...]) -> Any:
-        # Each argument costs autograd a microsecond, so that all without a gradient come as one.
+        # Each argument, and each attribute of ctx, costs a microsecond or half of one. So they come as one.
         targets, weights, token_weights, normalizer, options, backend, inplace = call
-        outputs, gradient, ctx.call = _run_forward(
+        outputs, gradient, call_of_forward = _run_forward(
             logits, targets, weights, token_weights, normalizer, options, backend,
             with_gradient=options.reduction != "none",  # there each row waits for its own upstream gradient
             inplace=inplace,
         )  # fmt: skip
-        ctx.options, ctx.backend = options, backend
         ctx.inplace = gradient is logits
         if ctx.inplace:
             # Whoever saved the logits before this gets autograd's error. They are saved below, after the bump.
             torch.autograd.graph.increment_version(logits)
-            ctx.handed_over = False
+            ctx.handed_over, ctx.options, ctx.backend = False, options, backend
             ctx.save_for_backward(logits)  # the gradient is in them, and nothing else is needed
         else:
             ctx.gradient = gradient
-            ctx.scalars = outputs.scalars  # here and not saved: they say what `gradient` is if the logits have changed
-            ctx.save_for_backward(logits, targets, weights, token_weights, outputs.row_state)
+            # Kept here and not saved: they say what `gradient` is even if the logits have changed.
+            ctx.kept = outputs.scalars, outputs.row_state, options, backend, call_of_forward
+            ctx.save_for_backward(logits, targets, weights, token_weights)
         ctx.set_materialize_grads(False)
         if not options.return_stats:
             return outputs.loss
@@ -240,33 +247,28 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, ctx.gradient = ctx.gradient, None
-    scalars = ctx.scalars
+    scalars, row_state, options, backend, call = ctx.kept
     if gradient is None:
-        logits, targets, weights, token_weights, row_state = ctx.saved_tensors
-        return _run_backward(
-            logits, targets, weights, token_weights, row_state, scalars, ctx.options, ctx.backend, upstream
-        )
-    if ctx.backend == "eager" and upstream.device.type == "cpu":
+        logits, targets, weights, token_weights = ctx.saved_tensors
+        return _run_backward(logits, targets, weights, token_weights, row_state, scalars, options, backend, upstream)
+    if backend == "eager" and upstream.device.type == "cpu":
         _remember(upstream.item())  # which waits for nothing on a CPU
         if upstream.item() == scalars[EXPECTED_UPSTREAM].item():
             return gradient
     saved = _saved_unless_changed(ctx)
-    inputs = row_state = None
+    inputs = None
     if saved is None:
         rows = as_rows(gradient)
+    elif backend == "triton":
+        calls = _triton_calls()
+        calls.adjust(call, calls.plain(*saved), row_state, scalars, upstream, gradient, options)
+        return gradient
     else:
-        logits, targets, weights, token_weights, row_state = saved
-        row_state = row_state.contiguous()  # hooks on saved tensors may return other strides
-        if ctx.backend == "triton":
-            calls = _triton_calls()
-            tensors = calls.plain(logits, targets, weights, token_weights)
-            calls.adjust(ctx.call, tensors, row_state, scalars, upstream, gradient, ctx.options)
-            return gradient
-        inputs = _loss_inputs(logits, targets, weights, token_weights, None)
+        inputs = _loss_inputs(*saved, normalizer=None)
         logits, rows = same_rows(inputs.logits, gradient)
         inputs = inputs._replace(logits=logits)
     with torch.autocast(gradient.device.type, enabled=False):
-        backend_module(ctx.backend).adjust(inputs, ctx.options, row_state, scalars, upstream, rows)
+        backend_module(backend).adjust(inputs, options, row_state, scalars, upstream, rows)
     return gradient
 
 

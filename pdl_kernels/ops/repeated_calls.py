@@ -52,11 +52,6 @@ def plain(logits: Tensor, targets: Tensor, weights: Tensor | None, token_weights
     )
 
 
-def _offset(tensor: Tensor | None) -> int:
-    """From 16 bytes; -1 for no tensor."""
-    return -1 if tensor is None else tensor.data_ptr() % launch.VECTOR_BYTES
-
-
 def _described(tensor: Tensor | float | None) -> Any:
     """What matters of a tensor whose shape and strides are known, or of a number in its place."""
     if tensor is None or isinstance(tensor, float):
@@ -145,9 +140,10 @@ def adjust(
         inputs = LossInputs(rows, targets.view(-1), weights, token_weights, None)
         launch.adjust(inputs, options, row_state, scalars, upstream, row_gradient, remembered_upstream(logits.device))
         return
+    # Of what forward made, the alignment is that of fresh memory every time.
     key = (
-        _offset(logits), _offset(targets), _offset(weights), _offset(token_weights),
-        _offset(row_state), _offset(scalars), _offset(gradient), _described(upstream),
+        logits.data_ptr() % launch.VECTOR_BYTES,
+        _described(targets), _described(weights), _described(token_weights), _described(upstream),
     )  # fmt: skip
     row_call = call.backward.get(key)
     if row_call is None:
