@@ -264,7 +264,8 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
         calls.adjust(call, calls.plain(*saved), row_state, scalars, upstream, gradient, options)
         return gradient
     else:
-        inputs = _loss_inputs(*saved, normalizer=None)
+        logits, targets, weights, token_weights = saved
+        inputs = _loss_inputs(logits, targets, weights, token_weights, None)
         logits, rows = same_rows(inputs.logits, gradient)
         inputs = inputs._replace(logits=logits)
     with torch.autocast(gradient.device.type, enabled=False):
