@@ -32,7 +32,7 @@ def draw():
         2.35,
         9.2,
         0.55,
-        "one exchange in the cluster: (max, sum) of all threads, packed in 64 bits",
+        "one exchange in the cluster: (max, sum) of all warps, packed in 64 bits",
         EXCHANGE,
     )
     box(axis, 0.4, 0.2, 9.2, 0.5, "the row's gradient in memory, written once", MEMORY)

@@ -93,6 +93,12 @@ def test_registers_grow_with_what_is_asked():
     assert planner.plan_held_row(128256, 2, B200, (3, 9)).registers == more
 
 
+def test_many_columns_take_more_registers_on_sm_100():
+    more = planner.plan_held_row(50257, 2, H200, (3, 9)).registers + planner.EXTRA_FOR_MANY_COLUMNS
+    assert planner.plan_held_row(50257, 2, B200, (3, 9)).registers == more
+    assert planner.plan_held_row(50257, 2, B200, (3, 9), stats=True).registers == more
+
+
 def test_compile_options_of_a_cluster():
     plan = planner.plan_held_row(128256, 2, H200, (3, 9))
     assert launch.row_compile_options(plan, True) == {

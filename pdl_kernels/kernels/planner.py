@@ -27,7 +27,10 @@ HELD_SHAPES = {
     4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
 }
 COMFORTABLE = 200  # columns of a thread: more where no larger cluster exists
-EXTRA_REGISTERS = 9  # for statistics or z-loss, and on sm_100; with 8 and with 10 a variant spills on sm_100
+# Statistics or z-loss take a few registers more, and so does everything on sm_100, above all many columns. Which limits
+# spill is a matter of chance: the assembler spills with 148 registers what it holds in 137.
+EXTRA_REGISTERS = 9
+MANY_COLUMNS, EXTRA_FOR_MANY_COLUMNS = 160, 28
 
 
 class Device(NamedTuple):
@@ -123,8 +126,9 @@ def plan_held_row(
         columns = -(-vocab_size // (ctas * threads))
         registers = next((count for most, count in shapes if columns <= most), None)
         if registers is not None:
-            if (stats or z_loss or device.capability >= (10, 0)) and columns <= COMFORTABLE:
-                registers += EXTRA_REGISTERS
+            sm_100 = device.capability >= (10, 0)
+            if (stats or z_loss or sm_100) and columns <= COMFORTABLE:
+                registers += EXTRA_FOR_MANY_COLUMNS if sm_100 and columns > MANY_COLUMNS else EXTRA_REGISTERS
             return held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=registers, head=head)
     return None
 

@@ -7,7 +7,7 @@ is held as a tuple of chunks of `lanes * vector` columns, one 16-byte vector per
 are 125 columns a thread in a cluster of 1024 threads. Chunks are one-dimensional: in a cluster Triton 3.9 exchanges
 two-dimensional ones through shared memory over and over.
 
-Every thread forms (max, sum) of its own columns; one reduction over all threads, of both numbers in one word, gives the
+Every warp forms (max, sum) of its own columns; one reduction over all warps, of both numbers in one word, gives the
 row's. It is the only exchange between the blocks of a cluster.
 """
 
@@ -29,6 +29,7 @@ from pdl_kernels.kernels.rows import (
 )
 from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, interior_bounds, interior_pointer, row_offset
 
+WARP_SIZE = tl.constexpr(32)  # NVIDIA's; the planner chooses this kernel nowhere else
 MINUS_INFINITY_HALVES = tl.constexpr(0xFC00FC00 - 2**32)  # two float16 in one int32
 
 
@@ -75,6 +76,19 @@ def half_spread(values, VARIANT: tl.constexpr):
 def lane_view(values, VARIANT: tl.constexpr):
     """(lanes * vector,) -> (lanes, vector), whose last axis lies inside a thread."""
     return tl.reshape(values, (VARIANT.lanes, VARIANT.vector))
+
+
+@triton.jit
+def warp_view(values, VARIANT: tl.constexpr):
+    """(lanes,) -> (warps, threads): reductions over the last axis stay inside a warp."""
+    return tl.reshape(values, (VARIANT.lanes // WARP_SIZE, WARP_SIZE))
+
+
+@triton.jit
+def over_lanes(values, VARIANT: tl.constexpr):
+    """(warps,) -> (lanes,): each warp's number for each of its threads."""
+    WARPS: tl.constexpr = VARIANT.lanes // WARP_SIZE
+    return tl.reshape(tl.broadcast_to(values[:, None], (WARPS, WARP_SIZE)), (VARIANT.lanes,))
 
 
 @triton.jit
@@ -247,7 +261,9 @@ def single_pass_rows_kernel(
             edge_x = tl.load(logits_row + edge, mask=edge_exists, other=float("-inf")).to(tl.float32)
             lane_max = tl.maximum(lane_max, edge_x)
 
-        lane_reference = transformed(lane_max, logit_scale, softcap, VARIANT)
+        warp_max = tl.max(warp_view(lane_max, VARIANT), 1)  # (warps,)
+        warp_reference = transformed(warp_max, logit_scale, softcap, VARIANT)
+        lane_reference = over_lanes(warp_reference, VARIANT)
         rate, shift, correction = exp_terms(lane_reference)
         if VARIANT.hold_exps:
             sixteen, upper_half = 16, -65536
@@ -277,13 +293,14 @@ def single_pass_rows_kernel(
             edge_z = tl.where(edge_exists, transformed(edge_x, logit_scale, softcap, VARIANT), float("-inf"))
             lane_sum += exp_difference(edge_z, lane_reference)
 
-        reference, row_sum = unpacked(tl.reduce(packed(lane_reference, lane_sum), 0, merge))
+        warp_sum = tl.sum(warp_view(lane_sum, VARIANT), 1)
+        reference, row_sum = unpacked(tl.reduce(packed(warp_reference, warp_sum), 0, merge))
         row_sixteen, row_upper_half = opaque_constants(row_sum)
         # A row that holds +inf is nan throughout, as in torch, also where the maximum passed it over.
         row_sum = tl.where(row_sum == float("inf"), float("nan"), row_sum)
         row_max = reference
         if VARIANT.softcap or VARIANT.scale:
-            row_max = tl.max(lane_max)
+            row_max = tl.max(warp_max)
         log_sum = LN2 * tl.math.log2(row_sum)
         weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
         smoothing = tl.full((), 0.0, tl.float32)
@@ -366,11 +383,8 @@ def single_pass_rows_kernel(
     if active == 0:
         value = tl.where(invalid, float("nan"), 0.0)
         values = tl.full((SIZE,), 0.0, tl.float32) + value
-        first, index = chunk_columns(VARIANT)
-        for start in tl.range(0, columns, SIZE, loop_unroll_factor=1):
-            tl.store(
-                gradient_interior + start + index, values.to(gradient.dtype.element_ty), mask=first < columns - start
-            )
+        for chunk in tl.static_range(CHUNKS):
+            store_chunk(gradient_interior, values, columns, chunk, VARIANT)
         if VARIANT.edges:
             edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
             edge_values = (tl.full((VARIANT.lanes,), 0.0, tl.float32) + value).to(gradient.dtype.element_ty)
