@@ -95,6 +95,43 @@ def test_shapes_strides_dtypes_and_offsets_are_told_apart():
         assert_right(logits, targets, table, upstream=2.0)
 
 
+def shifted(tensor):
+    """The same numbers, starting one element off 16 bytes."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+def test_what_triton_compiles_for_is_told_apart():
+    """The interpreter takes any tensor; a compiled kernel fits only the dtypes and alignment that it was made for."""
+    logits, targets, weights = make()
+    upstream = torch.tensor(2.0)
+    token_weights = torch.ones(6)
+
+    def kept(logits=logits, targets=targets, weights=weights, token_weights=token_weights, upstream=upstream):
+        leaf = logits.detach().requires_grad_()
+        loss = pdl_cross_entropy(leaf, targets, weights, token_weights=token_weights, backend="triton")
+        torch.autograd.grad(loss, leaf, upstream)
+        return len(repeated_calls._calls), sum(len(call.backward) for call in repeated_calls._calls.values())
+
+    seen = kept()
+    for changed in (
+        {"logits": shifted(logits)},
+        {"logits": logits.half()},
+        {"targets": shifted(targets)},
+        {"targets": targets.int()},
+        {"weights": shifted(weights)},
+        {"weights": weights.double()},
+        {"weights": None},
+        {"token_weights": shifted(token_weights)},
+        {"token_weights": None},
+    ):
+        now = kept(**changed)
+        assert now == (seen[0] + 1, seen[1] + 1), changed.keys()
+        assert kept(**changed) == now
+        seen = now
+    assert kept(upstream=torch.ones(2)[1]) == (seen[0], seen[1] + 1)
+
+
 def test_no_tensor_is_kept():
     logits, targets, weights = make()
     references = [weakref.ref(tensor) for tensor in (logits, targets, weights)]
