@@ -12,7 +12,7 @@ import torch
 from pdl_kernels import pdl_cross_entropy
 
 # Whole rows and slices, aligned and unaligned rows, every option, targets that are no class.
-for rows, vocab_size in ((3, 1), (3, 127), (600, 1000), (4, 50257), (300, 32000)):
+for rows, vocab_size in ((3, 1), (3, 127), (600, 1000), (4, 50257), (300, 32000), (40, 128256), (200, 50257)):
     for options in (
         {},
         {"reduction": "none"},

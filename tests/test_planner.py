@@ -93,6 +93,13 @@ def test_registers_grow_with_what_is_asked():
     assert planner.plan_held_row(128256, 2, B200, (3, 9)).registers == more
 
 
+def test_z_loss_in_one_block_takes_more_registers():
+    plain = planner.plan_held_row(32000, 2, A100, (3, 9))
+    assert planner.plan_held_row(32000, 2, A100, (3, 9), stats=True) == plain
+    more = plain.registers + planner.EXTRA_WITHOUT_CLUSTERS
+    assert planner.plan_held_row(32000, 2, A100, (3, 9), z_loss=True).registers == more
+
+
 def test_many_columns_take_more_registers_on_sm_100():
     more = planner.plan_held_row(50257, 2, H200, (3, 9)).registers + planner.EXTRA_FOR_MANY_COLUMNS
     assert planner.plan_held_row(50257, 2, B200, (3, 9)).registers == more

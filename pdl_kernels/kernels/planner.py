@@ -23,7 +23,7 @@ MIN_HELD_BYTES = 16384  # of a row: below, fixed cost is most of its instruction
 # are the figure to maximise: the kernel waits for memory. 16-bit columns take half a register each. From machine code
 # for sm_90 and sm_100 of Triton 3.9 (benchmarks.roofline), not from measurements.
 HELD_SHAPES = {
-    2: ((4, ((160, 96), (200, 128), (256, 192))),),
+    2: ((4, ((160, 96), (200, 128), (256, 168))),),
     4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
 }
 COMFORTABLE = 200  # columns of a thread: more where no larger cluster exists
@@ -31,6 +31,7 @@ COMFORTABLE = 200  # columns of a thread: more where no larger cluster exists
 # spill is a matter of chance: the assembler spills with 148 registers what it holds in 137.
 EXTRA_REGISTERS = 9
 MANY_COLUMNS, EXTRA_FOR_MANY_COLUMNS = 160, 28
+EXTRA_WITHOUT_CLUSTERS = 24  # for z-loss with as many columns as one block must hold
 
 
 class Device(NamedTuple):
@@ -129,6 +130,8 @@ def plan_held_row(
             sm_100 = device.capability >= (10, 0)
             if (stats or z_loss or sm_100) and columns <= COMFORTABLE:
                 registers += EXTRA_FOR_MANY_COLUMNS if sm_100 and columns > MANY_COLUMNS else EXTRA_REGISTERS
+            elif z_loss and not clusters and columns > COMFORTABLE:
+                registers += EXTRA_WITHOUT_CLUSTERS
             return held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=registers, head=head)
     return None
 

@@ -229,6 +229,8 @@ def single_pass_rows_kernel(
     """The arguments and results of loss_rows_kernel with a gradient; both strides over columns are 1."""
     SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
     CHUNKS: tl.constexpr = VARIANT.chunks
+    # The assembler moves no store over a barrier. Without any it takes up so many chunks at once that it spills.
+    MANY_CHUNKS: tl.constexpr = CHUNKS > 25 and not VARIANT.hold_exps
     row = tl.program_id(0)
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
@@ -339,6 +341,8 @@ def single_pass_rows_kernel(
                 if VARIANT.smoothing:
                     smoothing_sums += chunk_smoothing
                 store_chunk(gradient_interior, g, columns, chunk, VARIANT)
+                if MANY_CHUNKS and chunk % 8 == 7:
+                    tl.debug_barrier()
             if VARIANT.edges:
                 edge_terms = tl.math.exp2(tl.fma(edge_z, row_rate, -row_shift)) * (factor * row_correction)
                 edge_g, edge_smoothing = gradient_of(
