@@ -867,7 +867,7 @@ def test_doctor(monkeypatch):
     output = run("doctor")
     for expected in (torch.__version__, "Device cpu", "bfloat16", "eager", "TRITON_INTERPRET", "on every device"):
         assert expected in output
-    found = json.loads(run("doctor", "--json"))
+    found = json.loads(run("doctor", "--json", "-"))
     cpu = found["devices"][0]
     assert cpu["device"] == "cpu"
     assert {dtype: choice["auto"] for dtype, choice in cpu["backends"].items()} == dict.fromkeys(
@@ -887,7 +887,7 @@ def test_doctor_says_what_is_missing(monkeypatch):
         return version(package)
 
     monkeypatch.setattr(metadata, "version", without_datasets)
-    assert json.loads(run("doctor", "--json"))["versions"]["datasets"] == "not installed"
+    assert json.loads(run("doctor", "--json", "-"))["versions"]["datasets"] == "not installed"
 
 
 @pytest.mark.parametrize("triton", [None, "Triton cannot be imported (gone)"])

@@ -1,0 +1,110 @@
+"""What `pdl-kernels doctor --check` runs: so many cases that every kernel the planner can choose is launched."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+VOCABULARIES = (1000, 32000, 50257, 128256, 151936, 262144)  # a short one; Llama-2, GPT-2, Llama-3, Qwen-2.5, Gemma
+SMALL_VOCABULARIES = (130,)  # for Triton's interpreter, which takes a tenth of a second a row
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HIDDEN_SIZE = 64
+FEW_ROWS = 3  # so few are sliced on every device
+CPU_ROWS, INTERPRETER_ROWS = 8, 17  # the interpreter's stand-in for a device slices fewer than 16
+
+EVERY_OPTION: dict[str, Any] = {
+    "reduction": "token_mean",
+    "label_smoothing": 0.1,
+    "z_loss": 1e-3,
+    "softcap": 30.0,
+    "logit_scale": 0.7,
+    "return_stats": True,
+}
+
+
+class Recipe(NamedTuple):
+    """One way to call the loss."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012 - read, never changed
+    upstream: float | None = 1.0  # None: forward alone, under no_grad
+    few_rows: bool = False
+    inplace: bool = False
+    read_twice: bool = False  # by the kernel that takes the place of the single-pass kernel where that is not compiled
+    layout: str = "rows"  # "rows"; "offset": the storage does not start on 16 bytes; "columns": they have a stride
+    token_weights: bool = False
+    linear: bool = False
+
+
+RECIPES = {
+    "plain": Recipe(),
+    "upstream 0.25": Recipe(upstream=0.25),
+    "in place": Recipe(inplace=True),
+    "in place, upstream 0.25": Recipe(inplace=True, upstream=0.25),
+    "read twice": Recipe(read_twice=True),
+    "few rows": Recipe(few_rows=True, upstream=0.25),
+    "few rows, in place": Recipe(few_rows=True, inplace=True),
+    "per token": Recipe({"reduction": "none"}),
+    "forward alone": Recipe(upstream=None),
+    "statistics and z-loss": Recipe({"return_stats": True, "z_loss": 1e-3}),
+    "every option": Recipe(EVERY_OPTION, upstream=0.25, token_weights=True),
+    "every option, in place": Recipe(EVERY_OPTION, inplace=True, token_weights=True),
+    "linear": Recipe(linear=True),
+    "linear, every option": Recipe(EVERY_OPTION, upstream=0.25, token_weights=True, linear=True),
+    "offset by one element": Recipe(layout="offset"),
+    "columns with a stride": Recipe(layout="columns"),
+}
+LAYOUTS = ("offset by one element", "columns with a stride")  # of short rows alone: they are the same code for all
+LINEAR_VOCABULARIES = {
+    "cuda": (1000, 32000, 128256),
+    "cpu": (1000, 32000),
+}  # its kernels are those of the loss in place
+LINEAR_CPU_ROWS = 32  # products of fewer rows sum V terms in one go, in torch's composition and here
+
+
+class Case(NamedTuple):
+    """One call on one device."""
+
+    recipe: str
+    rows: int
+    vocab_size: int
+    dtype: str
+
+    @property
+    def group(self) -> tuple[int, str]:
+        """Cases of one group share kernels."""
+        return self.vocab_size, self.dtype
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.vocab_size} {self.dtype}, {self.recipe}"
+
+
+def check_cases(device: torch.device, *, interpreted: bool = False) -> list[Case]:
+    """The cases of a device, those of one group side by side.
+
+    Args:
+        interpreted: the Triton backend on a CPU, in Triton's interpreter.
+    """
+    if device.type == "cuda":
+        many = 2 * torch.cuda.get_device_properties(device).multi_processor_count + 9  # one program per row from there
+    else:
+        many = INTERPRETER_ROWS if interpreted else CPU_ROWS
+    if interpreted:
+        return cases_for(many, SMALL_VOCABULARIES, SMALL_VOCABULARIES)
+    return cases_for(many, VOCABULARIES, LINEAR_VOCABULARIES[device.type])
+
+
+def cases_for(many_rows: int, vocabularies: tuple[int, ...], linear_vocabularies: tuple[int, ...]) -> list[Case]:
+    found = []
+    for vocab_size in vocabularies:
+        for dtype in DTYPES:
+            for name, recipe in RECIPES.items():
+                if name in LAYOUTS and vocab_size != vocabularies[0]:
+                    continue
+                if recipe.linear and vocab_size not in linear_vocabularies:
+                    continue
+                rows = FEW_ROWS if recipe.few_rows else many_rows
+                if recipe.linear and many_rows == CPU_ROWS:
+                    rows = LINEAR_CPU_ROWS
+                found.append(Case(name, rows, vocab_size, dtype))
+    return found

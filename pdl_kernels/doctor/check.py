@@ -1,0 +1,298 @@
+"""`pdl-kernels doctor --check`: orders to processes, and what they find as one document.
+
+Every case runs in a process of its own group's, several at once on a GPU, where compiling takes most of the time. A
+case that crashes, or hangs, or breaks the device for its process is a finding; the cases after it run in another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from pdl_kernels import backends
+from pdl_kernels.doctor import environment
+from pdl_kernels.doctor.cases import DTYPES, VOCABULARIES, Case, check_cases
+
+SCHEMA, VERSION = "pdl-kernels doctor check", 1
+CASE_SECONDS = 120.0  # one case, compilation included; also the start of a process
+SECONDS = 300.0  # everything: what has not begun by then is not run
+MOST_PROCESSES = 16
+PROCESS_BYTES = 4 << 30  # of GPU memory that a process may need
+
+Save = Callable[[dict[str, Any]], None]
+
+
+class Check:
+    """One run on one device. `document` is complete only at the end, and can be saved at any time."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        seconds: float = SECONDS,
+        case_seconds: float = CASE_SECONDS,
+        save: Save = lambda document: None,
+        progress: Callable[[int], None] = lambda steps: None,
+        cases: list[Case] | None = None,
+        shapes: list[tuple[int, str]] | None = None,
+    ) -> None:
+        """`cases` and `shapes`, of correctness and of speed, are those of the device by default."""
+        self.device = device
+        self.deadline = time.monotonic() + seconds
+        self.case_seconds = case_seconds
+        self.save = save
+        self.progress = progress
+        self.interpreted = device.type == "cpu" and backends.interpreted()
+        problem = backends.triton_problem(device, torch.float32)
+        wants_triton = device.type == "cuda" or self.interpreted
+        self.backend = "triton" if wants_triton and problem is None else "eager"
+        self.cases = check_cases(device, interpreted=self.interpreted) if cases is None else cases
+        self.shapes = _default_shapes(self.interpreted) if shapes is None else shapes
+        self.document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "version": VERSION,
+            "complete": False,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "seconds": None,
+            "device": str(device),
+            "backend": self.backend,
+            "problems": [f"the Triton backend cannot run: {problem}"] if wants_triton and problem else [],
+            "kernels": [],
+            "cases": [],
+            "copy_bytes_per_second": None,
+            "speed": [],
+            "installation": environment.report(),
+        }
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._stopping = False
+
+    @property
+    def steps(self) -> int:
+        return len(self.cases) + len(self.shapes)
+
+    def run(self) -> dict[str, Any]:
+        """The document. KeyboardInterrupt ends the processes and passes through; what was found is in `document`."""
+        try:
+            shares = _shares(self.cases, self._process_count())
+            with ThreadPoolExecutor(max(len(shares), 1)) as pool:
+                try:
+                    for done in [pool.submit(self._check, share) for share in shares]:
+                        done.result()
+                except BaseException:
+                    self._stop()
+                    raise
+            self._measure()
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            self._finish()
+        self.document["complete"] = True
+        self._save()
+        return self.document
+
+    def _finish(self) -> None:
+        document = self.document
+        document["cases"].sort(key=lambda record: record["number"])
+        document["kernels"] = sorted({name for case in document["cases"] for name in case.get("kernels") or ()})
+        if self.backend == "triton" and not self.interpreted:
+            missing = sorted(_kernels_to_see(self.device, self.cases) - set(document["kernels"]))
+            if missing:
+                document["problems"].append(f"kernels that no case launched: {', '.join(missing)}")
+        self._save()
+
+    def _save(self) -> None:
+        with self._lock:
+            self.document["seconds"] = round(time.monotonic() - self._started, 1)
+            self.save(self.document)
+
+    # Correctness
+
+    def _check(self, cases: list[tuple[int, Case]]) -> None:
+        """These cases one after the other, in as many processes as it takes."""
+        while cases:
+            if self._stopping or time.monotonic() > self.deadline:
+                for number, case in cases:
+                    self._record(number, case, {"status": "not run", "problem": "the time was over"})
+                return
+            begun = done = 0
+            died = None
+            for answer in self._answers({"cases": [list(case) for _, case in cases]}):
+                died = answer.get("died")
+                if "begin" in answer:
+                    begun += 1
+                elif "end" in answer:
+                    self._record(*cases[done], answer["record"])
+                    done += 1
+            if begun > done or done == 0:  # it ended in the middle of a case, or before the first one
+                problem = died or "the process ended without an answer"
+                self._record(*cases[done], {"status": "failed", "problem": problem})
+                done += 1
+            cases = cases[done:]
+
+    def _record(self, number: int, case: Case, found: dict[str, Any]) -> None:
+        with self._lock:
+            self.document["cases"].append({"number": number, **case._asdict(), **found})
+        self.progress(1)
+        self._save()
+
+    def _process_count(self) -> int:
+        if self.device.type != "cuda":
+            return 1  # torch's threads take the cores; the interpreter compiles nothing
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(cores, MOST_PROCESSES, free // PROCESS_BYTES))
+
+    # Speed
+
+    def _measure(self) -> None:
+        """In one process, alone on the device, after the kernels have been compiled."""
+        if not self.shapes or time.monotonic() > self.deadline:
+            return
+        for answer in self._answers({"shapes": [list(shape) for shape in self.shapes]}):
+            if "copy" in answer:
+                self.document["copy_bytes_per_second"] = answer["copy"]
+            elif "record" in answer:
+                self.document["speed"].append(answer["record"])
+                self.progress(1)
+            elif "died" in answer:
+                self.document["problems"].append(f"measuring ended early: {answer['died']}")
+
+    # Processes
+
+    def _answers(self, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What a process answers to the order, and last {"died": why} if it did not end well."""
+        order = {**order, "device": str(self.device), "backend": self.backend}
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pdl_kernels.doctor.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            )  # fmt: skip
+            self._processes.add(process)
+            watch = _Watch(self.case_seconds, lambda: _kill(process))
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                try:
+                    process.stdin.write(json.dumps(order))
+                    process.stdin.close()
+                except BrokenPipeError:
+                    pass  # it ended at once; its exit status tells
+                for line in process.stdout:
+                    watch.restart()
+                    if line.endswith("\n"):  # otherwise it was killed in the middle of it
+                        yield json.loads(line)
+                status = process.wait(10)
+            finally:
+                watch.stop()
+                _kill(process)
+                self._processes.discard(process)
+            if watch.expired:
+                yield {"died": f"it did not end within {self.case_seconds:.0f} s"}
+            elif status != 0:
+                errors.seek(0)
+                lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
+                yield {
+                    "died": f"the process ended with {_described(status)}: {lines[-1] if lines else 'no message'}"[:500]
+                }
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for process in list(self._processes):
+            _kill(process)
+
+
+def is_right(document: dict[str, Any]) -> bool:
+    """Whether everything ran and nothing was wrong."""
+    found = document["cases"]
+    return bool(found) and not document["problems"] and all(case["status"] == "right" for case in found)
+
+
+def _default_shapes(interpreted: bool) -> list[tuple[int, str]]:
+    """(vocabulary, dtype) whose speed is measured. Interpreted kernels have none."""
+    if interpreted:
+        return []
+    return [(vocab_size, dtype) for vocab_size in VOCABULARIES for dtype in DTYPES]
+
+
+def _shares(cases: list[Case], processes: int) -> list[list[tuple[int, Case]]]:
+    """Numbered cases for each process: whole groups, whose kernels are the same, dealt out in turn."""
+    groups: dict[tuple[int, str], list[tuple[int, Case]]] = {}
+    for number, case in enumerate(cases):
+        groups.setdefault(case.group, []).append((number, case))
+    shares: list[list[tuple[int, Case]]] = [[] for _ in range(min(processes, len(groups)))]
+    # Long rows take longest: they come first, so that processes with one group more get two short ones.
+    for turn, group in enumerate(sorted(groups.values(), key=lambda group: -group[0][1].vocab_size)):
+        shares[turn % len(shares)].extend(group)
+    return shares
+
+
+def _kernels_to_see(device: torch.device, cases: list[Case]) -> set[str]:
+    """All kernels of the loss; the one that holds rows on chip where the planner chooses it for one of the cases."""
+    from pdl_kernels.kernels import cross_entropy as kernels
+    from pdl_kernels.kernels import launch, planner
+
+    found = {name for name in vars(kernels) if name.endswith("_kernel")}
+    described = launch.device_of(device)
+    for case in cases:
+        itemsize = DTYPES[case.dtype].itemsize
+        plans = planner.plan_loss_and_gradient(
+            case.rows, case.vocab_size, itemsize, described, launch.TRITON_VERSION,
+            head=case.vocab_size * itemsize % planner.VECTOR_BYTES != 0,
+        )  # fmt: skip
+        if plans[0].kernel == planner.SINGLE_PASS:
+            found.add("single_pass_rows_kernel")
+    return found
+
+
+class _Watch:
+    """Calls `expire` when it has not been restarted for so many seconds."""
+
+    def __init__(self, seconds: float, expire: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self.expired = False
+        self._expire = expire
+        self._timer: threading.Timer | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        self.stop()
+        self._timer = threading.Timer(self.seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        self.expired = True
+        self._expire()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With everything that it has started, compilers for instance."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for good
+        process.wait(10)
+
+
+def _described(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"status {status}"

@@ -1,0 +1,81 @@
+"""A process of `pdl-kernels doctor --check`: whatever crashes here, the others go on.
+
+    python -m pdl_kernels.doctor.worker        its orders come as JSON on standard input, results go out a line each
+
+An order is {"device": "cuda:0", "backend": "triton", "cases": [[recipe, rows, vocab_size, dtype], ...]}, or with
+"shapes": [[vocab_size, dtype], ...] in the place of "cases" for times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import torch
+
+from pdl_kernels.doctor.cases import Case
+from pdl_kernels.doctor.correctness import check_case
+from pdl_kernels.doctor.speed import measure_copy, speeds
+
+
+def main() -> None:
+    # Results have a channel of their own: whatever else prints to standard output goes to standard error.
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def tell(**what: Any) -> None:
+        print(json.dumps(what), file=results)
+
+    order = json.loads(sys.stdin.read())
+    device = torch.device(order["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "shapes" in order:
+        tell(begin="copy")
+        tell(end="copy", copy=measure_copy(device))
+        for number, shape in enumerate(order["shapes"]):
+            tell(begin=number)
+            for record in speeds(device, order["backend"], [tuple(shape)]):
+                tell(end=number, record=record)
+        return
+    for number, fields in enumerate(order["cases"]):
+        tell(begin=number)
+        found, fatal = examine(Case(*fields), device, order["backend"])
+        tell(end=number, record=found)
+        if fatal:
+            return  # after an error of the device every later call of this process fails too
+
+
+def examine(case: Case, device: torch.device, backend: str) -> tuple[dict[str, Any], bool]:
+    """The verdict, and whether the device is of no more use to this process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = check_case(case, device, backend)
+            fatal = False
+        except Exception as error:  # whatever a kernel, a compiler or a driver raises is a finding
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            found = {"status": "failed", "problem": f"{type(error).__name__}: {lines[0]}"[:500]}
+            fatal = is_fatal(error)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                torch.cuda.empty_cache()
+    messages = {
+        str(warning.message)
+        for warning in caught
+        if "pdl_kernels" in warning.filename or "Triton" in str(warning.message)
+    }
+    return {**found, "warnings": sorted(messages)}, fatal
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether the process can launch nothing more: CUDA keeps reporting such an error."""
+    return "CUDA error" in str(error) or "HIP error" in str(error) or "Triton Error [CUDA]" in str(error)
+
+
+if __name__ == "__main__":
+    main()
