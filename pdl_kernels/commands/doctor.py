@@ -16,7 +16,7 @@ from pdl_kernels.doctor import environment
 
 LEGEND = (
     "right: cases; error, torch's: of the plain loss's gradient, against float64, in the 2-norm; worst: of all cases "
-    "and tensors, as a share of what is allowed; ms: forward + backward; of copy: what a copy of the bytes that have to "
+    "and tensors, as a share of what is allowed; ms: forward + backward; of copy: what a copy of the bytes that must "
     "be moved would take, over that; x torch: times as fast as F.cross_entropy(weight=)."
 )
 
@@ -38,6 +38,10 @@ def doctor(
         str | None,
         typer.Option(help="Check this one: cpu, cuda, cuda:1. By default every GPU, or the CPU where there is none."),
     ] = None,
+    vocabulary: Annotated[
+        list[int] | None,
+        typer.Option(help="Check this size of the vocabulary; may be repeated. By default six from 1000 to 262144."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="With --check: begin nothing after so many seconds.")] = 300.0,
 ) -> None:
     """Show versions, devices, and which backend would run on each, and why; with --check, whether it is right.
@@ -46,13 +50,15 @@ def doctor(
     runs nothing.
     """
     if not check:
-        if device is not None:
-            raise ValueError("--device is given without --check, which alone runs something")
+        if device is not None or vocabulary:
+            raise ValueError("--device and --vocabulary are for --check, which alone runs something")
         _show_installation(json_file)
         return
     if json_file not in (None, "-") and not Path(json_file).resolve().parent.is_dir():
         raise ValueError(f"--json is {json_file}, and there is no folder {Path(json_file).parent}; make it first")
-    right = [_check_device(name, json_file, seconds) for name in _devices_to_check(device)]
+    if any(not 2 <= size < 2**31 for size in vocabulary or ()):
+        raise ValueError(f"--vocabulary is {min(vocabulary or ())}; accepted are sizes from 2 to 2**31 - 1")
+    right = [_check_device(name, json_file, vocabulary or [], seconds) for name in _devices_to_check(device)]
     if not all(right):
         raise typer.Exit(1)
 
@@ -120,7 +126,7 @@ def _devices_to_check(name: str | None) -> list[Any]:
     return [torch.device("cuda", device.index or 0) if device.type == "cuda" else device]
 
 
-def _check_device(device: Any, json_file: str | None, seconds: float) -> bool:
+def _check_device(device: Any, json_file: str | None, vocabularies: list[int], seconds: float) -> bool:
     """Whether everything on it is right."""
     from tqdm import tqdm
 
@@ -137,7 +143,7 @@ def _check_device(device: Any, json_file: str | None, seconds: float) -> bool:
     # Progress goes to standard error, and the findings to standard output unless that is for JSON.
     console = Console(file=sys.stderr if path == "-" else None, highlight=False)
     with tqdm(desc=f"checking {device}", unit="case", dynamic_ncols=True, leave=False) as bar:
-        check = Check(device, seconds=seconds, save=save, progress=bar.update)
+        check = Check(device, vocabularies, seconds=seconds, save=save, progress=bar.update)
         bar.total = check.steps
         try:
             document = check.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,10 +56,8 @@ RECIPES = {
     "columns with a stride": Recipe(layout="columns"),
 }
 LAYOUTS = ("offset by one element", "columns with a stride")  # of short rows alone: they are the same code for all
-LINEAR_VOCABULARIES = {
-    "cuda": (1000, 32000, 128256),
-    "cpu": (1000, 32000),
-}  # its kernels are those of the loss in place
+# The linear loss launches the same kernels, and its products take time.
+LINEAR_VOCABULARIES = {"cuda": (1000, 32000, 128256), "cpu": (1000, 32000)}
 LINEAR_CPU_ROWS = 32  # products of fewer rows sum V terms in one go, in torch's composition and here
 
 
@@ -79,22 +78,32 @@ class Case(NamedTuple):
         return f"{self.rows} x {self.vocab_size} {self.dtype}, {self.recipe}"
 
 
-def check_cases(device: torch.device, *, interpreted: bool = False) -> list[Case]:
+def check_cases(device: torch.device, vocabularies: Sequence[int] = (), *, interpreted: bool = False) -> list[Case]:
     """The cases of a device, those of one group side by side.
 
     Args:
+        vocabularies: by default VOCABULARIES.
         interpreted: the Triton backend on a CPU, in Triton's interpreter.
     """
     if device.type == "cuda":
-        many = 2 * torch.cuda.get_device_properties(device).multi_processor_count + 9  # one program per row from there
-    else:
-        many = INTERPRETER_ROWS if interpreted else CPU_ROWS
+        return cases_for(torch.cuda.get_device_properties(device).multi_processor_count, vocabularies)
     if interpreted:
-        return cases_for(many, SMALL_VOCABULARIES, SMALL_VOCABULARIES)
-    return cases_for(many, VOCABULARIES, LINEAR_VOCABULARIES[device.type])
+        sizes = tuple(vocabularies or SMALL_VOCABULARIES)
+        return _cases(INTERPRETER_ROWS, INTERPRETER_ROWS, sizes, sizes)
+    sizes = tuple(vocabularies or VOCABULARIES)
+    return _cases(CPU_ROWS, LINEAR_CPU_ROWS, sizes, tuple(vocabularies or LINEAR_VOCABULARIES["cpu"]))
 
 
-def cases_for(many_rows: int, vocabularies: tuple[int, ...], linear_vocabularies: tuple[int, ...]) -> list[Case]:
+def cases_for(multiprocessors: int, vocabularies: Sequence[int] = ()) -> list[Case]:
+    """The cases of a GPU, from its number of multiprocessors."""
+    many = 2 * multiprocessors + 9  # from 2 * multiprocessors on one program takes a whole row
+    sizes = tuple(vocabularies or VOCABULARIES)
+    return _cases(many, many, sizes, tuple(vocabularies or LINEAR_VOCABULARIES["cuda"]))
+
+
+def _cases(
+    many_rows: int, linear_rows: int, vocabularies: tuple[int, ...], linear_vocabularies: tuple[int, ...]
+) -> list[Case]:
     found = []
     for vocab_size in vocabularies:
         for dtype in DTYPES:
@@ -103,8 +112,6 @@ def cases_for(many_rows: int, vocabularies: tuple[int, ...], linear_vocabularies
                     continue
                 if recipe.linear and vocab_size not in linear_vocabularies:
                     continue
-                rows = FEW_ROWS if recipe.few_rows else many_rows
-                if recipe.linear and many_rows == CPU_ROWS:
-                    rows = LINEAR_CPU_ROWS
+                rows = FEW_ROWS if recipe.few_rows else linear_rows if recipe.linear else many_rows
                 found.append(Case(name, rows, vocab_size, dtype))
     return found

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,13 +23,15 @@ import torch
 
 from pdl_kernels import backends
 from pdl_kernels.doctor import environment
-from pdl_kernels.doctor.cases import DTYPES, VOCABULARIES, Case, check_cases
+from pdl_kernels.doctor.cases import DTYPES, Case, check_cases
 
 SCHEMA, VERSION = "pdl-kernels doctor check", 1
 CASE_SECONDS = 120.0  # one case, compilation included; also the start of a process
 SECONDS = 300.0  # everything: what has not begun by then is not run
 MOST_PROCESSES = 16
 PROCESS_BYTES = 4 << 30  # of GPU memory that a process may need
+
+WORKER = ("-m", "pdl_kernels.doctor.worker")  # what Python runs in a process
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -40,15 +42,14 @@ class Check:
     def __init__(
         self,
         device: torch.device,
+        vocabularies: Sequence[int] = (),
         *,
         seconds: float = SECONDS,
         case_seconds: float = CASE_SECONDS,
         save: Save = lambda document: None,
         progress: Callable[[int], None] = lambda steps: None,
-        cases: list[Case] | None = None,
-        shapes: list[tuple[int, str]] | None = None,
     ) -> None:
-        """`cases` and `shapes`, of correctness and of speed, are those of the device by default."""
+        """`vocabularies` are those of `cases.VOCABULARIES` by default."""
         self.device = device
         self.deadline = time.monotonic() + seconds
         self.case_seconds = case_seconds
@@ -58,8 +59,10 @@ class Check:
         problem = backends.triton_problem(device, torch.float32)
         wants_triton = device.type == "cuda" or self.interpreted
         self.backend = "triton" if wants_triton and problem is None else "eager"
-        self.cases = check_cases(device, interpreted=self.interpreted) if cases is None else cases
-        self.shapes = _default_shapes(self.interpreted) if shapes is None else shapes
+        self.cases = check_cases(device, vocabularies, interpreted=self.interpreted)
+        # (vocabulary, dtype) whose speed is measured. Interpreted kernels have none.
+        groups = dict.fromkeys(case.group for case in self.cases)
+        self.shapes: list[tuple[int, str]] = [] if self.interpreted else list(groups)
         self.document: dict[str, Any] = {
             "schema": SCHEMA,
             "version": VERSION,
@@ -179,7 +182,7 @@ class Check:
         order = {**order, "device": str(self.device), "backend": self.backend}
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pdl_kernels.doctor.worker"],
+                [sys.executable, *WORKER],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
             )  # fmt: skip
             self._processes.add(process)
@@ -220,13 +223,6 @@ def is_right(document: dict[str, Any]) -> bool:
     """Whether everything ran and nothing was wrong."""
     found = document["cases"]
     return bool(found) and not document["problems"] and all(case["status"] == "right" for case in found)
-
-
-def _default_shapes(interpreted: bool) -> list[tuple[int, str]]:
-    """(vocabulary, dtype) whose speed is measured. Interpreted kernels have none."""
-    if interpreted:
-        return []
-    return [(vocab_size, dtype) for vocab_size in VOCABULARIES for dtype in DTYPES]
 
 
 def _shares(cases: list[Case], processes: int) -> list[list[tuple[int, Case]]]:
@@ -286,10 +282,8 @@ class _Watch:
 
 def _kill(process: subprocess.Popen[str]) -> None:
     """With everything that it has started, compilers for instance."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for good
         process.wait(10)
 

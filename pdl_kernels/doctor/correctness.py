@@ -163,7 +163,7 @@ def make_call(
         if recipe.upstream is not None:
             leaves = [leaf.requires_grad_() for leaf in leaves]
         sources = [_MadeByAModel.apply(leaf) for leaf in leaves] if recipe.inplace else leaves
-        function = pdl_linear_cross_entropy if recipe.linear else pdl_cross_entropy
+        function: Callable[..., Any] = pdl_linear_cross_entropy if recipe.linear else pdl_cross_entropy
         options: dict[str, Any] = {**problem.options, "token_weights": problem.token_weights, "backend": backend}
         if recipe.inplace:
             options["inplace"] = True
