@@ -63,7 +63,7 @@ def check_case(case: Case, device: torch.device, backend: str) -> dict[str, Any]
     recipe = RECIPES[case.recipe]
     problem = make_problem(case, device)
     upstream = make_upstream(problem, recipe)
-    call = make_call(problem, recipe, case, upstream, backend)
+    call = make_call(problem, recipe, upstream, backend)
     with reading_twice(recipe.read_twice):
         kernels: list[str] = []
         with heard_launches(kernels):
@@ -101,9 +101,12 @@ def check_case(case: Case, device: torch.device, backend: str) -> dict[str, Any]
 
 
 def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
-    """Random numbers, never zeros: a few confident rows among flat ones, ignored rows, weights from 0 to 2."""
+    """Random numbers, never zeros: a few confident rows among flat ones, ignored rows, weights from 0 to 2.
+
+    On the device "meta" as well, for programs that only compile what a case would launch.
+    """
     recipe, dtype = RECIPES[case.recipe], DTYPES[case.dtype]
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device)
@@ -114,16 +117,17 @@ def make_problem(case: Case, device: torch.device, seed: int = 0) -> Problem:
     if recipe.linear:
         head = normal(case.vocab_size, HIDDEN_SIZE) * (2 / HIDDEN_SIZE**0.5)
         hidden = normal(case.rows, HIDDEN_SIZE)
-        hidden[confident] += head[targets[confident]] * 4
+        hidden += torch.where(confident[:, None], 4 * head[targets], 0)
         sources = (hidden.to(dtype), head.to(dtype))
     else:
         logits = normal(case.rows, case.vocab_size) * 2
-        logits[confident, targets[confident]] = logits[confident].logsumexp(-1) + CONFIDENT_MARGIN
+        of_target = torch.where(confident, logits.logsumexp(-1) + CONFIDENT_MARGIN, logits[:, 0])
+        logits.scatter_(1, targets[:, None], of_target[:, None])
         sources = (_laid_out(logits.to(dtype), recipe.layout),)
     targets[1::IGNORED_EVERY] = -100
     weights = 2 * torch.rand(case.vocab_size, generator=generator, device=device)
-    weights[torch.rand(case.vocab_size, generator=generator, device=device) < 1 / 16] = 0
-    weights[targets[0]] = 1.5  # so that something counts, however few the rows
+    weights *= torch.rand(case.vocab_size, generator=generator, device=device) > 1 / 16
+    weights.index_fill_(0, targets[:1], 1.5)  # so that something counts, however few the rows
     token_weights = None
     if recipe.token_weights:
         token_weights = 0.5 + torch.rand(case.rows, generator=generator, device=device)
@@ -149,9 +153,7 @@ def make_upstream(problem: Problem, recipe: Recipe) -> float | Tensor:
     return torch.linspace(0, 2, len(problem.targets), device=problem.targets.device)
 
 
-def make_call(
-    problem: Problem, recipe: Recipe, case: Case, upstream: float | Tensor, backend: str
-) -> Callable[[], Outcome]:
+def make_call(problem: Problem, recipe: Recipe, upstream: float | Tensor, backend: str) -> Callable[[], Outcome]:
     """A function that makes the call on fresh tensors. Rows that are ignored hold nan."""
     ignored = problem.targets == -100
 
@@ -159,7 +161,7 @@ def make_call(
         leaves = [source.detach().clone() for source in problem.sources]
         if not recipe.linear:
             leaves = [_laid_out(leaves[0], recipe.layout)]
-            leaves[0][ignored] = torch.nan
+            leaves[0].masked_fill_(ignored[:, None], torch.nan)
         if recipe.upstream is not None:
             leaves = [leaf.requires_grad_() for leaf in leaves]
         sources = [_MadeByAModel.apply(leaf) for leaf in leaves] if recipe.inplace else leaves
