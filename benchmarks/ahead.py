@@ -160,13 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, PROCESSES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--vocabularies", nargs="+", type=int, help="default: those that the parts use")
+    parser.add_argument("--most", type=int, help="so many calls alone, for a rehearsal")
     parser.add_argument("--json", type=Path, help="also write the records, and the total, here")
     parser.add_argument("--share", help=argparse.SUPPRESS)  # NUMBER/PROCESSES, of a process started by this program
     chosen = parser.parse_args(arguments)
     if chosen.processes < 1:
         parser.error(f"--processes {chosen.processes}: at least 1 is accepted")
     os.environ["TRITON_CACHE_DIR"] = str(chosen.cache)
-    work = all_work(chosen.parts, chosen.vocabularies)
+    work = all_work(chosen.parts, chosen.vocabularies)[: chosen.most]
     if chosen.share:
         number, processes = map(int, chosen.share.split("/"))
         for record in compile_share(work[number::processes]):
@@ -202,6 +203,8 @@ def _in_processes(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "benchmarks.ahead", "--cache", str(chosen.cache), "--parts", *chosen.parts]
     if chosen.vocabularies:
         command += ["--vocabularies", *map(str, chosen.vocabularies)]
+    if chosen.most is not None:
+        command += ["--most", str(chosen.most)]
     found: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def listen(process: subprocess.Popen[str]) -> None:

@@ -63,10 +63,13 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The short hash of the checkout, with -dirty if it has changes; "unknown" outside a checkout."""
+    """The short hash of the checkout, with -dirty if it has changes; outside a checkout PDL_KERNELS_COMMIT, or "unknown".
+
+    A copy of the files on another machine, without git's folder, can be told by that variable what it is a copy of.
+    """
     found = _first_line("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     if found is None:
-        return "unknown"
+        return os.environ.get("PDL_KERNELS_COMMIT", "unknown")
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{found}-dirty" if changed else found
 

@@ -1,6 +1,6 @@
 """Calls for compute-sanitizer, which runs them a hundred times slower: few, small, and of every kind.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitized_calls [--quick] [--device cpu]
+compute-sanitizer --tool memcheck python -m benchmarks.sanitized_calls [--quick] [--device cpu]
 """
 
 import argparse

