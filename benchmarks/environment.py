@@ -63,7 +63,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The short hash of the checkout, with -dirty if it has changes; outside a checkout PDL_KERNELS_COMMIT, or "unknown".
+    """The checkout's short hash, with -dirty if it has changes; outside of one PDL_KERNELS_COMMIT, or "unknown".
 
     A copy of the files on another machine, without git's folder, can be told by that variable what it is a copy of.
     """

@@ -81,7 +81,8 @@ STAGES = (
     Stage(
         "compile", 25, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
         "{python} -m benchmarks.ahead --cache {cache} --processes {workers}",
-        "TRITON_INTERPRET=0 {python} -m benchmarks.ahead --cache {work}/cache --processes 2 --most 3 --vocabularies 9000",
+        "TRITON_INTERPRET=0 {python} -m benchmarks.ahead --cache {work}/cache --processes 2 --most 3 "
+        "--vocabularies 9000",
         kit=True,
     ),
     Stage(
