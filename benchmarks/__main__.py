@@ -62,6 +62,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="on a CPU: whether malloc gives free pages back before every sample (default), or may keep them, which "
         "makes large temporaries cheap",
     )
+    parser.add_argument(
+        "--host",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Python's time per call, which takes half a minute of compilation (default: yes, but for --quick)",
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: %(default)s")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--goals", action="store_true", help="judge the goals from recorded results, measure nothing")
@@ -95,7 +101,7 @@ def _main(arguments: argparse.Namespace, console: Console) -> int:
         raise InputError(f"--out {arguments.out} is a file; a directory is accepted")
     plan, document = prepare(arguments)
     path = results.free_path(arguments.out / environment.device_folder(plan.device), document["environment"])
-    _warn(plan, document, console)
+    _warn(plan, document, bool(arguments.peers or arguments.shapes), console)
     interrupted = _run(plan, document, path, console)
     print_results(document, console)
     plots = write_plots(document, path)
@@ -121,9 +127,10 @@ def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     dtypes = _chosen(arguments.dtypes, list(DTYPES), "--dtypes") if arguments.dtypes else None
     dtypes = dtypes or shapes.default_dtypes(device, quick=quick)
     left_out: dict[str, str] = {}
-    losses = _chosen(arguments.loss, ["logits", "linear"], "--loss")
+    losses = _chosen(arguments.loss, list(peers.LOSSES), "--loss")
     cases = _cases(arguments.shapes, dtypes, losses, device, quick, left_out)
-    contenders = _contenders(arguments.peers, device, quick, left_out)
+    measured = {("logits", "linear")[case.linear] for case in cases}
+    contenders = _contenders(arguments.peers, measured, device, quick, left_out)
     rounds = arguments.rounds or ROUNDS[device.type][quick]
     seconds = float("inf") if arguments.rounds else SECONDS[device.type][quick]
     # A fresh process per contender and case takes seconds: --quick has time for one shape.
@@ -140,7 +147,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
         seconds=seconds,
         memory_cases=memory_cases,
         fresh_pages=arguments.pages == "fresh",
-        host=not quick,
+        host=not quick and arguments.host,
     )
     options = {"quick": quick, "rounds": rounds, "operations": operations, "cases": cases, "pages": arguments.pages}
     document = results.new_document(environment.describe(device, contenders), options, left_out)
@@ -177,48 +184,45 @@ def _cases(
     quick: bool,
     left_out: dict[str, str],
 ) -> list[Case]:
-    """Shapes that were asked for must fit; default ones that do not are left out."""
+    """The shapes that can be measured; the others are left out with their reasons. InputError where none is left."""
     if text is None:
-        fitting = []
-        defaults = shapes.default_cases(device, dtypes, quick=quick) if "logits" in losses else []
-        defaults += shapes.default_linear_cases(device, dtypes, quick=quick) if "linear" in losses else []
-        for case in defaults:
-            reason = shapes.misfit(case, device)
-            if reason is None:
-                fitting.append(case)
-            else:
-                left_out[str(case)] = reason
-        if not fitting:
-            raise InputError("no shape fits into the free memory; name a smaller one with --shapes")
-        return fitting
-    try:
-        asked = shapes.parse_shapes(text)
-    except ValueError as error:
-        raise InputError(f"--shapes: {error}") from error
-    if unasked := {("logits", "linear")[hidden > 0] for _, _, hidden in asked} - set(losses):
-        raise InputError(f"--shapes has one of the {unasked.pop()} loss, which --loss leaves out")
-    cases = [Case(rows, vocab_size, dtype, hidden) for dtype in dtypes for rows, vocab_size, hidden in asked]
-    for case in cases:
-        reason = shapes.misfit(case, device)
-        if reason is not None:
-            raise InputError(f"--shapes: {case} does not fit: {reason}")
-    return list(dict.fromkeys(cases))
+        asked = shapes.default_cases(device, dtypes, quick=quick) if "logits" in losses else []
+        asked += shapes.default_linear_cases(device, dtypes, quick=quick) if "linear" in losses else []
+    else:
+        try:
+            sizes = shapes.parse_shapes(text)
+        except ValueError as error:
+            raise InputError(f"--shapes: {error}") from error
+        asked = [Case(rows, vocab_size, dtype, hidden) for dtype in dtypes for rows, vocab_size, hidden in sizes]
+    fitting = []
+    for case in dict.fromkeys(asked):
+        loss = "linear" if case.linear else "logits"
+        reason = shapes.misfit(case, device) if loss in losses else f"it is one of the {loss} loss, not in --loss"
+        if reason is None:
+            fitting.append(case)
+        else:
+            left_out[str(case)] = reason
+    if not fitting:
+        raise InputError("nothing is left to measure: " + "; ".join(f"{what}: {why}" for what, why in left_out.items()))
+    return fitting
 
 
-def _contenders(text: str | None, device: torch.device, quick: bool, left_out: dict[str, str]) -> list[peers.Contender]:
-    """Peers that were asked for must be there; others are left out."""
+def _contenders(
+    text: str | None, losses: set[str], device: torch.device, quick: bool, left_out: dict[str, str]
+) -> list[peers.Contender]:
+    """Those that can run. Names have to be known; who is not there, or cannot do something, is left out."""
     if text is None:
-        contenders, reasons = peers.available(device, peers.PEERS, quick=quick)
-        left_out.update(reasons)
-        return contenders
-    chosen = [] if text.strip() == "none" else _chosen(text, list(peers.PEERS), "--peers")
-    contenders, reasons = peers.available(device, chosen)
-    if reasons:
-        raise InputError("--peers " + "; ".join(f"{peer}: {reason}" for peer, reason in reasons.items()))
+        chosen = list(peers.PEERS)
+    else:
+        chosen = [] if text.strip() == "none" else _chosen(text, list(peers.PEERS), "--peers")
+    contenders, reasons = peers.available(device, chosen, losses, quick=quick and text is None)
+    left_out.update(reasons)
     return contenders
 
 
-def _warn(plan: Plan, document: dict[str, Any], console: Console) -> None:
+def _warn(plan: Plan, document: dict[str, Any], asked: bool, console: Console) -> None:
+    for what, why in document["left_out"].items() if asked else ():
+        console.print(f"[yellow]left out: {what}: {why}", soft_wrap=True)
     if plan.device.type != "cuda":
         console.print(
             f"CPU, {torch.get_num_threads()} threads: the eager backend is timed; the Triton kernels run on a CPU only "

@@ -2,9 +2,10 @@
 
     python -m benchmarks.sweep --out benchmarks/results/h200/sweep.json        on a GPU, in less than 10 minutes
 
-For every shape and dtype: the planner's own choice, the two-pass kernel, and rows held on chip by clusters of 1 to 16
-blocks of 4 or 8 warps with several limits on registers. One JSON record per candidate, written as they come; a table of
-the best ones against the planner's choice at the end. Ctrl-C and the end of the time keep what was measured.
+For every shape and dtype: the planner's own choice, the two-pass kernel, and the twenty best by benchmarks.ranking of
+the rows held on chip by clusters of 1 to 16 blocks of 4 to 16 warps with several limits on registers. One JSON record
+per candidate, written as they come; a table of the best ones against the planner's choice at the end. Ctrl-C and the
+end of the time keep what was measured. Compiling is most of the time: benchmarks.ahead does it in several processes.
 
 Exit status: 0; 2 without a GPU, or for input that cannot be used; 130 after Ctrl-C.
 """
@@ -27,26 +28,44 @@ from tqdm import tqdm
 
 from benchmarks import environment
 from benchmarks.inputs import DTYPES, Case, make_inputs
+from benchmarks.ranking import ranked
+from benchmarks.roofline.hardware import HARDWARE
 from benchmarks.shapes import VOCABULARIES, misfit
 from benchmarks.timing import make_stopwatch, summarize
 from pdl_kernels import files
+from pdl_kernels.backends import interpreted
 from pdl_kernels.kernels import launch, planner
 from pdl_kernels.kernels.planner import Device, RowLaunch
 from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
 
 ROWS = (4096, 512, 16384)  # what matters most comes first
+ORDER = (128256, 32000, 262144, 151936, 50257)  # of shapes.VOCABULARIES, too
 CLUSTERS = (1, 2, 4, 8, 16)
 REGISTERS = {2: (80, 96, 112, 128, 168, 192), 4: (96, 112, 128, 168, 192)}  # by bytes per logit
 MOST_COLUMNS = {2: 256, 4: 128}  # of a thread
 FEWEST_COLUMNS = 32
+MOST_CANDIDATES = 20  # of a shape, beside the planner's own
 ROUNDS = 7
+SAVE_EVERY = 2.0  # seconds
+MODELLED = "sm_90"  # whose rates rank the candidates; the order is much the same on others
 
 
-def candidates(case: Case, device: Device, triton_version: tuple[int, int]) -> list[RowLaunch]:
-    """The planner's choices first, then every other shape of a held row that could be worth its registers."""
+def candidates(
+    case: Case, device: Device, triton_version: tuple[int, int], most: int | None = MOST_CANDIDATES
+) -> list[RowLaunch]:
+    """The planner's choices first, then the best others by `ranking`, at most so many; None for all of them."""
     head = case.vocab_size % (planner.VECTOR_BYTES // case.itemsize) != 0
-    found = planner.plan_loss_and_gradient(case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head)
+    planned = planner.plan_loss_and_gradient(
+        case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head
+    )
+    others = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
+    return planned + ranked(HARDWARE[MODELLED], others, case.vocab_size, case.itemsize)[:most]
+
+
+def _held_rows(case: Case, device: Device, triton_version: tuple[int, int], head: bool) -> list[RowLaunch]:
+    """Every shape of a held row that could be worth its registers."""
+    found = []
     clusters = device.capability >= planner.CLUSTER_CAPABILITY and triton_version >= planner.CLUSTER_TRITON
     for ctas in CLUSTERS if clusters else (1,):
         for warps in (4, 8, 16):
@@ -61,58 +80,93 @@ def candidates(case: Case, device: Device, triton_version: tuple[int, int]) -> l
                         case.vocab_size, case.itemsize, warps=warps, ctas=ctas, registers=registers, head=head
                     )
                 )
-    return list(dict.fromkeys(found))
+    return found
+
+
+def planned_work(
+    dtypes: list[str],
+    vocabularies: list[int],
+    rows: list[int],
+    device: Device,
+    triton_version: tuple[int, int],
+    most: int | None = MOST_CANDIDATES,
+) -> list[tuple[Case, RowLaunch]]:
+    """Everything that `sweep` times, in its order; no device is needed to know it."""
+    return [
+        (case, plan)
+        for case in cases(dtypes, vocabularies, rows)
+        for plan in candidates(case, device, triton_version, most)
+    ]
 
 
 def time_candidate(
     inputs: LossInputs, gradient: torch.Tensor, plan: RowLaunch, stopwatch: Callable[[Callable[[], object]], float]
-) -> list[float] | str:
-    """Seconds of the row kernel alone, or why there are none."""
+) -> dict[str, Any]:
+    """Seconds of the row kernel alone, or why there are none; and those of the first launch, which compiles."""
     options = LossOptions()
     scalars, _ = launch.denominators(inputs, options)
+    seconds: list[float] = []
+    problem = None
+    start = time.perf_counter()
+    first = None
     with mock.patch.object(launch, "loss_plans", return_value=[plan]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         try:
             launch.loss_rows(inputs, options, scalars, gradient)
+            first = time.perf_counter() - start
             if launch.was_refused(plan, launch.device_of(inputs.logits.device)):
-                return "cannot be compiled"
-            return [stopwatch(lambda: launch.loss_rows(inputs, options, scalars, gradient)) for _ in range(ROUNDS)]
+                problem = "cannot be compiled"
+            else:
+                seconds = [
+                    stopwatch(lambda: launch.loss_rows(inputs, options, scalars, gradient)) for _ in range(ROUNDS)
+                ]
         except Exception as error:  # a launch that the device refuses, such as a cluster of 16, is a result
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return {"problem": problem, "seconds": seconds, "compile_seconds": first}
 
 
 def cases(dtypes: list[str], vocabularies: list[int], rows: list[int]) -> Iterator[Case]:
+    """In the order of their value."""
+    ordered = sorted(vocabularies, key=lambda size: ORDER.index(size) if size in ORDER else len(ORDER))
     for dtype in dtypes:
         for count in rows:
-            for vocab_size in vocabularies:
+            for vocab_size in ordered:
                 yield Case(count, vocab_size, dtype)
 
 
 def sweep(
-    chosen: list[Case], device: torch.device, seconds: float, save: Callable[[list[dict[str, Any]]], None]
+    chosen: list[Case],
+    device: torch.device,
+    seconds: float,
+    save: Callable[[list[dict[str, Any]]], None],
+    most: int | None = MOST_CANDIDATES,
 ) -> None:
+    """Time the candidates of every case; `save` is given all records every few seconds, and at the end of any kind."""
     deadline = time.monotonic() + seconds
     stopwatch = make_stopwatch(device)
     records: list[dict[str, Any]] = []
     described = launch.device_of(device)
     progress = tqdm(chosen, desc="sweep", unit="shape")
+    saved = time.monotonic()
     try:
         for case in progress:
             if misfit(case, device) is not None:
                 continue
+            if time.monotonic() > deadline:
+                return
             made = make_inputs(case, device)
             logits = as_rows(made.logits)
             inputs = LossInputs(logits, made.targets, made.weights, None, None)
             gradient = empty_gradient(logits)
-            for number, plan in enumerate(candidates(case, described, launch.TRITON_VERSION)):
+            for number, plan in enumerate(candidates(case, described, launch.TRITON_VERSION, most)):
                 if time.monotonic() > deadline:
                     return
                 progress.set_postfix_str(f"{case}: {plan.kernel}, {plan.ctas} x {plan.warps} warps")
                 timed = time_candidate(inputs, gradient, plan, stopwatch)
-                failed = isinstance(timed, str)
-                outcome = {"problem": timed if failed else None, "seconds": [] if failed else timed}
-                records.append({**case._asdict(), "plan": plan._asdict(), "planned": number == 0, **outcome})
-            save(records)
+                records.append({**case._asdict(), "plan": plan._asdict(), "planned": number == 0, **timed})
+                if time.monotonic() - saved > SAVE_EVERY:
+                    save(records)
+                    saved = time.monotonic()
     finally:  # also after Ctrl-C and at the end of the time
         progress.close()
         if records:
@@ -157,15 +211,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=540.0, help="stop after so many (default: %(default)s)")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=MOST_CANDIDATES,
+        help="of a shape, beside the planner's (default: %(default)s)",
+    )
+    parser.add_argument("--all", action="store_true", help="every candidate, which takes an hour")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: under TRITON_INTERPRET=1, to rehearse; its times mean nothing",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the JSON file; an existing one is refused")
     chosen = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if chosen.device == "cpu":
+        if not interpreted():
+            print(
+                "python -m benchmarks.sweep: --device cpu is for rehearsals under TRITON_INTERPRET=1", file=sys.stderr
+            )
+            return 2
+        print("a rehearsal: interpreted kernels have no speed, and the times mean nothing")
+    elif not torch.cuda.is_available():
         print("python -m benchmarks.sweep: torch sees no GPU, and interpreted kernels have no speed", file=sys.stderr)
         return 2
     if chosen.out.exists():
         print(f"python -m benchmarks.sweep: --out {chosen.out} exists; name another file", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
+    device = torch.device(chosen.device)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     kept: list[dict[str, Any]] = []
 
@@ -176,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     status = 0
     try:
-        sweep(list(cases(chosen.dtypes, chosen.vocabularies, chosen.rows)), device, chosen.seconds, save)
+        most = None if chosen.all else chosen.candidates
+        sweep(list(cases(chosen.dtypes, chosen.vocabularies, chosen.rows)), device, chosen.seconds, save, most)
     except KeyboardInterrupt:
         status = 130
     print_best(kept, Console())

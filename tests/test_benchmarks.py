@@ -65,6 +65,69 @@ def test_a_run_writes_table_json_and_plots(run, tmp_path, capsys):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.fixture
+def _older_torch(monkeypatch):
+    """A torch before 2.13, which lacks the operation of one of the contenders."""
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+
+
+LACKING = {"torch chunked": "F.linear_cross_entropy came with torch 2.13"}
+
+
+@pytest.mark.usefixtures("_older_torch")
+@pytest.mark.parametrize(
+    ("arguments", "left_out", "measured"),
+    [
+        (["--loss", "logits", "--shapes", "16x100"], {}, {"pdl", "pdl in place", "torch"}),
+        (["--shapes", "16x100"], {}, {"pdl", "pdl in place", "torch"}),
+        (["--loss", "linear", "--shapes", "16x8x100"], LACKING, {"pdl linear", "torch linear"}),
+        (["--shapes", "16x8x100,16x100"], LACKING, {"pdl linear", "torch linear", "pdl", "pdl in place", "torch"}),
+        (["--shapes", "16x8x100", "--quick"], LACKING, {"pdl linear", "torch linear"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_an_older_torch_lacks_is_left_out_and_the_rest_measured(run, capsys, arguments, left_out, measured):
+    common = ["--device", "cpu", "--dtypes", "fp32", "--rounds", "1", "--peers", "torch", "--op", "forward-backward"]
+    status, document = run(*common, *arguments)
+    assert status == 0
+    assert document["left_out"] == left_out
+    assert {record["contender"] for record in document["records"] if record["status"] == "timed"} == measured
+    shown = capsys.readouterr().out
+    assert all(f"left out: {what}: {why}" in shown for what, why in left_out.items())
+
+
+SMALL = ("--device", "cpu", "--dtypes", "fp32", "--rounds", "1", "--op", "forward")
+
+
+def test_a_peer_that_cannot_run_is_left_out_aloud(run, capsys):
+    status, document = run(*SMALL, "--shapes", "16x100", "--peers", "liger,torch")
+    assert status == 0
+    assert {record["contender"] for record in document["records"]} == {"pdl", "pdl in place", "torch"}
+    assert "its kernels run on a GPU" in document["left_out"]["liger"]
+    assert "left out: liger: its kernels run on a GPU" in capsys.readouterr().out
+
+
+def test_without_any_peer_this_package_is_measured(run):
+    status, document = run(*SMALL, "--shapes", "16x100", "--peers", "liger,quack")
+    assert status == 0
+    assert {record["contender"] for record in document["records"]} == {"pdl", "pdl in place"}
+    assert set(document["left_out"]) == {"liger", "quack"}
+
+
+def test_shapes_that_cannot_be_measured_are_left_out(run, capsys):
+    shapes_asked = "16x100,10000000x262144,16x8x100"
+    status, document = run(*SMALL, "--loss", "logits", "--peers", "none", "--shapes", shapes_asked)
+    assert status == 0
+    assert {(record["rows"], record["vocab_size"], record["hidden_size"]) for record in document["records"]} == {
+        (16, 100, 0)
+    }
+    assert len(document["left_out"]) == 2
+    shown = capsys.readouterr().out
+    assert "left out: 10000000 x 262144 float32: it needs about" in shown
+    assert "it is one of the linear loss, not in --loss" in shown
+
+
 def test_a_second_run_overwrites_nothing(run, tmp_path):
     arguments = [*TINY, "--op", "forward"]
     assert run(*arguments)[0] == 0
@@ -200,12 +263,11 @@ def test_ctrl_c_keeps_what_was_measured(run, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--peers", "ligre"], "'ligre': accepted are torch, torch.compile, liger"),
-        (["--peers", "liger"], "liger: its kernels run on a GPU"),
         (["--op", "sideways"], "'sideways': accepted are forward, forward-backward"),
         (["--dtypes", "int8"], "'int8': accepted are bfloat16"),
         (["--shapes", "1024"], "accepted are ROWSxVOCABULARY"),
         (["--shapes", "0x1000"], "accepted are ROWSxVOCABULARY"),
-        (["--shapes", "10000000x262144"], "does not fit: it needs about"),
+        (["--shapes", "10000000x262144"], "nothing is left to measure: 10000000 x 262144 float32: it needs about"),
         (["--device", "tpu"], "--device tpu: accepted are cpu and cuda"),
         (["--rounds", "0"], "--rounds 0"),
         (["--compare", "nowhere.json"], "nowhere.json: No such file"),

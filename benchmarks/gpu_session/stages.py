@@ -18,7 +18,7 @@ SUITE = (
 )
 PYTEST = "{python} -m pytest -q -p no:benchmark -o cache_dir={work}/pytest --timeout 100"
 DOCTOR = "{python} -m pdl_kernels.cli doctor --check"
-BENCHMARK = "{python} -m benchmarks --out {results} --rounds 11"
+BENCHMARK = "{python} -m benchmarks --no-host --out {results} --rounds 11"
 
 
 class Stage(NamedTuple):

@@ -43,6 +43,11 @@ class Contender:
     not_quick: str | None = None
     linear: bool = False
 
+    @property
+    def loss(self) -> str:
+        """What `--loss` calls it."""
+        return "linear" if self.linear else "logits"
+
 
 def gpu_only(module: str) -> Callable[[torch.device], str | None]:
     """A `problem` for packages whose kernels run on GPUs and whose import may be slow or fail."""

@@ -40,9 +40,14 @@ class Prediction(NamedTuple):
 
 def resident_programs(hardware: Hardware, machine: Machine, warps: int) -> int:
     """Programs that a multiprocessor holds at once."""
-    registers = -(-max(machine.registers, 1) // hardware.register_unit) * hardware.register_unit
+    return programs_held(hardware, machine.registers, machine.shared_bytes, warps)
+
+
+def programs_held(hardware: Hardware, registers: int, shared_bytes: int, warps: int) -> int:
+    """The same from the registers of a thread and the shared memory of a program."""
+    registers = -(-max(registers, 1) // hardware.register_unit) * hardware.register_unit
     warps_held = 4 * min(hardware.registers // (registers * hardware.target.warp_size), hardware.warps)
-    shared_bytes = machine.shared_bytes + hardware.shared_reserve
+    shared_bytes += hardware.shared_reserve
     by_shared = hardware.shared_bytes // shared_bytes if shared_bytes else hardware.programs
     return min(warps_held // warps, by_shared, hardware.programs)
 
