@@ -1,0 +1,261 @@
+"""`pdl-kernels doctor --check`: that it finds what is wrong, and that whatever breaks is a finding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdl_kernels.doctor import cases, correctness
+from pdl_kernels.doctor import check as checking
+from pdl_kernels.doctor.cases import RECIPES, Case
+from pdl_kernels.doctor.check import Check, is_right
+from pdl_kernels.doctor.correctness import check_case
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def assert_right(found):
+    assert (found["status"], found["problem"]) == ("right", None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One case
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_eager_backend_is_right(recipe, dtype):
+    found = check_case(Case(recipe, 9, 130, dtype), CPU, "eager")
+    assert_right(found)
+    assert 0 <= found["share_of_allowed"] <= 1
+    assert (found["gradient_error"] is None) == (recipe == "forward alone")
+
+
+@pytest.mark.parametrize(
+    "recipe", ["plain", "read twice", "few rows", "every option", "linear", "columns with a stride"]
+)
+def test_the_triton_backend_is_right(device, recipe):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    before = dict(os.environ)
+    assert_right(check_case(Case(recipe, 4, 130, "bfloat16"), device, "triton"))
+    assert dict(os.environ) == before, "forcing a kernel leaves nothing behind"
+
+
+def with_wrong(monkeypatch, spoil):
+    """`pdl_cross_entropy` whose loss and logits pass through `spoil`."""
+    real = correctness.pdl_cross_entropy
+
+    def wrong(logits, *arguments, **options):
+        return spoil(logits, lambda given: real(given, *arguments, **options))
+
+    monkeypatch.setattr(correctness, "pdl_cross_entropy", wrong)
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, whose gradient is changed at one row and column."""
+
+    @staticmethod
+    def forward(ctx, logits, row, column, change):
+        ctx.where = row, column, change
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        row, column, change = ctx.where
+        gradient = upstream.clone()
+        gradient[row, column] = change(gradient[row, column])
+        return gradient, None, None, None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, loss: loss(x) * 1.0001, "loss: "),
+        (lambda x, loss: loss(Spoiled.apply(x, 0, 5, lambda g: g + 0.02)), "gradient: "),
+        (lambda x, loss: loss(Spoiled.apply(x, 0, 5, lambda g: g * torch.nan)), "gradient: "),
+        (lambda x, loss: loss(Spoiled.apply(x, 1, 5, lambda g: g + 1e-9)), "rows that do not count have a gradient"),
+        (lambda x, loss: loss(Spoiled.apply(x, 0, 5, lambda g: g * (1 + 1e-6 * torch.rand(())))), "gave other bits"),
+        (lambda x, loss: loss(x) + 0 * x[1].detach().sum(), "loss: inf"),
+    ],
+    ids=["loss", "one element", "nan", "ignored row", "bits", "reads an ignored row"],
+)
+def test_what_is_wrong_is_found(monkeypatch, spoil, message):
+    with_wrong(monkeypatch, spoil)
+    found = check_case(Case("plain", 9, 130, "float32"), CPU, "eager")
+    assert found["status"] == "wrong"
+    assert message in found["problem"]
+
+
+def test_wrong_statistics_are_found(monkeypatch):
+    real = correctness.pdl_cross_entropy
+
+    def wrong(*arguments, **options):
+        loss, stats = real(*arguments, **options)
+        return loss, stats._replace(nll=stats.nll * 1.001)
+
+    monkeypatch.setattr(correctness, "pdl_cross_entropy", wrong)
+    assert "nll is" in check_case(Case("statistics and z-loss", 9, 130, "float32"), CPU, "eager")["problem"]
+
+
+def test_launches_are_heard():
+    knobs = pytest.importorskip("triton", reason="Triton is not installed").knobs
+    names = []
+    with correctness.heard_launches(names):
+        for hook in knobs.runtime.launch_enter_hook.calls:
+            hook(type("Metadata", (), {"get": lambda self: {"name": "some_kernel"}})())
+    assert names == ["some_kernel"]
+    assert not knobs.runtime.launch_enter_hook.calls
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which cases
+
+
+def test_a_gpu_gets_every_recipe_vocabulary_and_dtype():
+    found = cases.cases_for(132)
+    assert {case.recipe for case in found} == set(RECIPES)
+    assert {case.group for case in found} == {(size, dtype) for size in cases.VOCABULARIES for dtype in cases.DTYPES}
+    assert {case.rows for case in found} == {cases.FEW_ROWS, 273}
+    assert len(set(found)) == len(found)
+
+
+def test_every_kernel_that_can_be_planned_is_in_the_cases():
+    planner = pytest.importorskip("pdl_kernels.kernels.planner", exc_type=ImportError)
+    h200 = planner.Device(132, 32, True, (9, 0))
+    kernels = {
+        planner.plan_loss_and_gradient(case.rows, case.vocab_size, cases.DTYPES[case.dtype].itemsize, h200, (3, 9))[
+            0
+        ].kernel
+        for case in cases.cases_for(132)
+    }
+    assert kernels == set(planner.KERNELS)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 16, 40])
+def test_shares_are_whole_groups_and_lose_nothing(processes):
+    found = cases.cases_for(132)
+    shares = checking._shares(found, processes)
+    assert sorted(numbered for share in shares for numbered in share) == list(enumerate(found))
+    homes = [{case.group for _, case in share} for share in shares]
+    assert sum(map(len, homes)) == len(set().union(*homes)) == 18
+    assert len(shares) == min(processes, 18)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that break
+
+
+WORKER = """
+import os, sys, time
+from pdl_kernels.doctor import worker
+real = worker.check_case
+def check_case(case, device, backend):
+    if case.recipe == "in place":
+        os.kill(os.getpid(), 11)
+    if case.recipe == "read twice":
+        time.sleep(1000)
+    if case.recipe == "per token":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if case.recipe == "forward alone":
+        raise ValueError("no")
+    return real(case, device, backend)
+worker.check_case = check_case
+worker.main()
+"""
+
+
+@pytest.fixture
+def _breaking_worker(monkeypatch, tmp_path):
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    monkeypatch.setattr(checking, "WORKER", (str(path),))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cases, "DTYPES", {"float32": torch.float32})
+
+
+@pytest.mark.usefixtures("_breaking_worker")
+def test_a_case_that_crashes_hangs_or_breaks_the_device_is_a_finding():
+    saved = []
+    check = Check(CPU, [130], case_seconds=15, save=lambda document: saved.append(json.dumps(document)))
+    check.shapes = []
+    document = check.run()
+    status = {case["recipe"]: (case["status"], case.get("problem")) for case in document["cases"]}
+    assert set(status) == set(RECIPES)
+    assert status.pop("in place") == ("failed", "the process ended with SIGSEGV: no message")
+    assert status.pop("read twice") == ("failed", "it did not end within 15 s")
+    assert status.pop("per token")[1] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert status.pop("forward alone") == ("failed", "ValueError: no")
+    assert set(status.values()) == {("right", None)}
+    assert document["complete"]
+    assert not is_right(document)
+    assert len(saved) >= len(RECIPES), "saved as it goes"
+    assert json.loads(saved[-1]) == document
+
+
+@pytest.mark.usefixtures("_breaking_worker")
+def test_what_has_no_time_left_is_not_run():
+    document = Check(CPU, [130], seconds=0).run()
+    assert {case["status"] for case in document["cases"]} == {"not run"}
+    assert not is_right(document)
+
+
+def test_a_worker_that_cannot_start_is_a_finding(monkeypatch):
+    monkeypatch.setattr(checking, "WORKER", ("-c", "import sys; sys.exit('no such thing')"))
+    monkeypatch.setattr(cases, "DTYPES", {"float32": torch.float32})
+    check = Check(CPU, [130], seconds=20)
+    document = check.run()
+    assert {case["status"] for case in document["cases"]} == {"failed"}
+    assert "status 1: no such thing" in document["cases"][0]["problem"]
+    assert "measuring ended early" in document["problems"][0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def command(*arguments, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "pdl_kernels.cli", "doctor", *arguments],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def test_the_command_checks_times_and_writes_json(tmp_path):
+    pytest.importorskip("typer")
+    path = tmp_path / "check.json"
+    done = command("--check", "--device", "cpu", "--vocabulary", "200", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "48 of 48 cases right" in done.stdout
+    document = json.loads(path.read_text())
+    assert document["complete"]
+    assert is_right(document)
+    assert document["copy_bytes_per_second"] > 0
+    assert {record["dtype"] for record in document["speed"]} == set(cases.DTYPES)
+    assert all(record["seconds"] > 0 and record["torch_seconds"] > 0 for record in document["speed"])
+    assert document["installation"]["versions"]["torch"].startswith(torch.__version__)
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--check", "--device", "tpu"], "--device is tpu; accepted here are cpu"),
+        (["--check", "--device", "cuda:99"], "--device is cuda:99; accepted here are cpu"),
+        (["--check", "--vocabulary", "1"], "--vocabulary is 1; accepted are sizes from 2"),
+        (["--device", "cpu"], "--device and --vocabulary are for --check"),
+        (["--check", "--json", "nowhere/check.json"], "there is no folder nowhere"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message):
+    pytest.importorskip("typer")
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
