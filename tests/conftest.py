@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,20 @@ if not torch.cuda.is_available():
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
+
+def interpreter_problem():
+    """Why Triton's interpreter cannot work here at all, or None."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return None
+    versions = {name: tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy")}
+    if versions["triton"] < (3, 7) and versions["numpy"] >= (2, 4):
+        return (
+            f"Triton {metadata.version('triton')}'s interpreter, which runs kernels without a GPU, does not work with "
+            f"numpy {metadata.version('numpy')}: install 'numpy<2.4'"
+        )
+    return None
+
+
 # The reference lives beside the package and is not installed with it.
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -21,17 +36,22 @@ if str(ROOT) not in sys.path:
 
 
 def pytest_configure(config):
+    problem = interpreter_problem()
+    if problem is not None:
+        pytest.exit(problem, returncode=4)
     # numpy, under Triton's interpreter, reports every exp2 of a large negative number.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    """Tests run on a GPU where there is one; what only one of the two kinds of device can show is marked."""
+    on_gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        only_cpu = item.get_closest_marker("cpu_only")
+        if only_cpu is not None and on_gpu:
+            item.add_marker(pytest.mark.skip(reason=f"only without a GPU: {only_cpu.kwargs['reason']}"))
+        elif item.get_closest_marker("gpu") and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +92,13 @@ def forgotten_calls():
     repeated_calls.forget()
     yield
     repeated_calls.forget()
+
+
+@pytest.fixture
+def on_the_device(device):
+    """Tensors that a test makes without naming a device are on the one that the tests run on."""
+    with device:
+        yield
 
 
 @pytest.fixture

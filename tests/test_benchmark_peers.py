@@ -50,10 +50,9 @@ def assert_right(verdicts):
 
 @pytest.mark.usefixtures("_floats_as_compiled")
 @pytest.mark.filterwarnings("ignore:Triton is not supported:UserWarning")
+@pytest.mark.cpu_only(reason="on a GPU the benchmark suite checks them before it times them")
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_peers_are_called_right(name):
-    if torch.cuda.is_available():
-        pytest.skip("the suite itself checks them on a GPU")
     assert_right(checked(name))
 
 

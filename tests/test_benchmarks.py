@@ -288,7 +288,7 @@ def test_a_file_as_output_folder_is_refused(tmp_path, capsys):
     assert path.read_text() == "precious"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.cpu_only(reason="it asks for a device that is not there")
 def test_cuda_without_cuda_is_refused(run, capsys):
     assert run("--device", "cuda")[0] == 2
     assert "torch sees no such device" in capsys.readouterr().err

@@ -208,7 +208,7 @@ def test_what_has_no_time_left_is_not_run():
 def test_a_worker_that_cannot_start_is_a_finding(monkeypatch):
     monkeypatch.setattr(checking, "WORKER", ("-c", "import sys; sys.exit('no such thing')"))
     monkeypatch.setattr(cases, "DTYPES", {"float32": torch.float32})
-    check = Check(CPU, [130], seconds=20)
+    check = Check(CPU, [130])
     document = check.run()
     assert {case["status"] for case in document["cases"]} == {"failed"}
     assert "status 1: no such thing" in document["cases"][0]["problem"]

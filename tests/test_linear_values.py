@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import INTERPRETED, make_weights
+from helpers import make_weights
 from linear_helpers import (
     H,
     Problem,
@@ -245,7 +245,7 @@ def test_accumulate_dtype(accumulate_dtype, dtype, device):
         assert error <= 8 * coarsest, name
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the sums of the libraries on a GPU have orders of their own")
+@pytest.mark.cpu_only(reason="the sums of the libraries on a GPU have orders of their own")
 def test_bfloat16_sums_are_kept_in_float32():
     """A weight gradient summed over chunks of one row in bfloat16 would lose a digit or more."""
     problem = make_problem(200, H=4, V=11, dtype=torch.bfloat16)

@@ -124,11 +124,12 @@ def make_inputs():
     return torch.randn(4, 300, requires_grad=True), torch.randint(300, (4,)), torch.rand(300)
 
 
+stubbed_plans = pytest.mark.cpu_only(reason="plans are stubbed for the interpreter")
+
+
 @pytest.fixture
 def _held_plans(monkeypatch, forgotten_calls):
     """Plans as on a device with clusters, in the interpreter."""
-    if torch.cuda.is_available():
-        pytest.skip("plans are stubbed for the interpreter")
     held = planner.held_row(300, 4, warps=1, ctas=1, registers=None, head=False)
     two_passes = planner.plan_rows(planner.MANY_ROWS, 300, 4, 8, two_passes=True)
     monkeypatch.setattr(planner, "plan_loss_and_gradient", lambda *_, **__: [held, two_passes])
@@ -148,6 +149,7 @@ class Failing:
         return run
 
 
+@stubbed_plans
 @pytest.mark.usefixtures("_held_plans")
 @pytest.mark.parametrize(
     "error", [RuntimeError("PassManager::run failed"), launch.TritonError("out of resource: registers")], ids=type
@@ -168,6 +170,7 @@ def test_the_next_choice_is_taken_with_one_warning(monkeypatch, error):
     torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(expected, logits))
 
 
+@stubbed_plans
 @pytest.mark.usefixtures("_held_plans")
 def test_other_errors_are_not_taken_for_the_compilers(monkeypatch):
     monkeypatch.setattr(launch, "single_pass_rows_kernel", Failing(RuntimeError("CUDA error: an illegal access")))
@@ -180,6 +183,7 @@ def test_other_errors_are_not_taken_for_the_compilers(monkeypatch):
 # PDL_KERNELS_FORCE_KERNEL
 
 
+@pytest.mark.usefixtures("on_the_device")
 def test_an_unknown_kernel_is_refused(force_kernel):
     force_kernel("fastest")
     logits, targets, weights = make_inputs()
@@ -187,10 +191,9 @@ def test_an_unknown_kernel_is_refused(force_kernel):
         pdl_cross_entropy(logits, targets, weights, backend="triton")
 
 
+@pytest.mark.cpu_only(reason="launches are counted in the interpreter")
 @pytest.mark.parametrize("kernel", [SINGLE_PASS, TWO_PASSES])
 def test_forced_kernels_are_launched(monkeypatch, force_kernel, kernel):
-    if torch.cuda.is_available():
-        pytest.skip("launches are counted in the interpreter")
     launched = []
     for module, name in ((launch, "single_pass_rows_kernel"), (launch.kernels, "loss_rows_kernel")):
         real = getattr(module, name)

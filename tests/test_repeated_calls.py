@@ -11,7 +11,7 @@ from pdl_kernels import pdl_cross_entropy
 pytest.importorskip("triton", reason="Triton is not installed")
 from pdl_kernels.ops import repeated_calls
 
-pytestmark = pytest.mark.usefixtures("forgotten_calls")
+pytestmark = pytest.mark.usefixtures("forgotten_calls", "on_the_device")
 
 
 def run(logits, targets, weights=None, upstream=1.0, backend="triton", **options):

@@ -35,7 +35,7 @@ def test_older_tritons_are_not_asked_for_clusters():
     assert {plan.ctas for plan in sweep.candidates(Case(4096, 32000, "bfloat16"), H200, (3, 6))} == {1}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it would run")
+@pytest.mark.cpu_only(reason="on a GPU it would run")
 def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
     assert sweep.main(["--out", str(tmp_path / "sweep.json")]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
@@ -45,8 +45,6 @@ def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
 @pytest.fixture
 def _stubbed_gpu(monkeypatch):
     """The interpreter stands for the GPU, and a counter for its clock."""
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU it would run")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "device", lambda name: torch.empty(0).device)
     clock = iter(range(1, 10**6))
@@ -64,6 +62,7 @@ def _stubbed_gpu(monkeypatch):
 ARGUMENTS = ["--dtypes", "float32", "--vocabularies", "300", "--rows", "4", "8"]
 
 
+@pytest.mark.cpu_only(reason="on a GPU it would run")
 @pytest.mark.usefixtures("_stubbed_gpu")
 def test_every_candidate_is_recorded(tmp_path, capsys):
     path = tmp_path / "folder" / "sweep.json"
@@ -77,6 +76,7 @@ def test_every_candidate_is_recorded(tmp_path, capsys):
     assert sweep.main([*ARGUMENTS, "--out", str(path)]) == 2, "nothing is overwritten"
 
 
+@pytest.mark.cpu_only(reason="on a GPU it would run")
 @pytest.mark.usefixtures("_stubbed_gpu")
 def test_a_candidate_that_fails_is_recorded_with_its_reason(tmp_path, monkeypatch):
     def fail(*arguments):
@@ -89,6 +89,7 @@ def test_a_candidate_that_fails_is_recorded_with_its_reason(tmp_path, monkeypatc
     assert {record["problem"] for record in records} == {"RuntimeError: cluster launch failed"}
 
 
+@pytest.mark.cpu_only(reason="on a GPU it would run")
 @pytest.mark.usefixtures("_stubbed_gpu")
 def test_it_stops_when_its_time_is_over(tmp_path):
     path = tmp_path / "sweep.json"
@@ -129,6 +130,7 @@ def test_the_ranking_prefers_what_the_model_says():
     assert seconds(registers=255, warps=32) == float("inf"), "no such block fits"
 
 
+@pytest.mark.cpu_only(reason="its inputs are on the CPU")
 def test_planned_work_is_what_the_sweep_runs(monkeypatch, tmp_path):
     timed = []
 
@@ -151,6 +153,7 @@ def test_what_matters_most_comes_first():
     assert order == [128256, 32000, 50257, 7]
 
 
+@pytest.mark.cpu_only(reason="on a GPU it would run")
 @pytest.mark.usefixtures("_stubbed_gpu")
 def test_ctrl_c_in_the_middle_of_a_shape_keeps_what_was_timed(tmp_path, monkeypatch):
     time_one = sweep.time_candidate

@@ -22,7 +22,7 @@ COUNTING_TOLERANCE = 0.01  # the target's logit is read once more by itself
 # A buffer is large from half of the logits' elements on: pieces of the eager backend are a few percent of them.
 LARGE = 0.5
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="accesses are counted on a CPU")
+pytestmark = pytest.mark.cpu_only(reason="accesses are counted on a CPU")
 
 
 def contender(backend, inplace, loss=pdl_cross_entropy):

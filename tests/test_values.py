@@ -303,14 +303,18 @@ SIZES = [
 @pytest.mark.parametrize(
     ("rows", "V", "dtype", "weights", "options"), SIZES, ids=[f"{r}x{v}-{d}" for r, v, d, _, _ in SIZES]
 )
-def test_sizes(backend, rows, V, dtype, weights, options, device):
+def test_sizes(backend, rows, V, dtype, weights, options, device, request):
+    # Forced into one block of 4 warps, which the planner never does with rows as long as this.
+    longest_held = 31 * 4 * 32 * (16 // dtype.itemsize)
+    if device.type == "cuda" and "on chip" in request.node.callspec.params["backend"] and longest_held < V:
+        pytest.skip("so many unrolled chunks of a row compile for minutes; doctor --check has rows in clusters")
     logits = make_logits(rows, V, dtype=dtype, device=device)
     targets = make_targets(rows, V=V, device=device, ignored=(1,) if rows > 2 else ())
     targets[0], targets[-1] = V - 1, 0  # the row's ends
     check_against_reference(backend, logits, targets, make_weights(weights, V, device), **options)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the sizes are chosen for the interpreter's stand-in of a device")
+@pytest.mark.cpu_only(reason="the sizes are chosen for the interpreter's stand-in of a device")
 def test_the_sizes_exercise_whole_rows_and_split_ones():
     """Of several tiles each; after another tuning of the launches other sizes may be needed."""
     launch = pytest.importorskip("pdl_kernels.kernels.launch")
