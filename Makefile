@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test weights bench roofline lint test-triton-3.6 clean
+.PHONY: help demo test weights bench roofline lint test-oldest test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes);"
@@ -14,6 +14,7 @@ help:
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
 	@echo "make lint             ruff and mypy, as pre-commit and CI run them"
 	@echo "make test-triton-3.6  compile every kernel with the oldest supported Triton, in a second environment"
+	@echo "make test-oldest      run the tests with the oldest supported torch, Triton and numpy (Python 3.12)"
 	@echo "make clean            remove environments and caches"
 
 demo:
@@ -45,8 +46,11 @@ lint:
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+test-oldest:
+	PYTHON=python3.12 VENV=.venv-oldest scripts/test_oldest.sh
+
 test-triton-3.6:
 	scripts/compile_with_old_triton.sh 3.6.0
 
 clean:
-	rm -rf $(VENV) .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .venv-oldest .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
