@@ -205,7 +205,22 @@ def test_what_has_no_time_left_is_not_run():
     assert not is_right(document)
 
 
+def test_the_time_ends_in_the_middle_of_a_process(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check = Check(CPU, [130], seconds=1e9)
+
+    def later(steps):
+        check.deadline = 0.0  # the first result comes when the time is over
+
+    check.progress = later
+    document = check.run()
+    status = [case["status"] for case in document["cases"]]
+    assert status == ["right"] + ["not run"] * (len(status) - 1)
+    assert document["speed"] == []
+
+
 def test_a_worker_that_cannot_start_is_a_finding(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(checking, "WORKER", ("-c", "import sys; sys.exit('no such thing')"))
     monkeypatch.setattr(cases, "DTYPES", {"float32": torch.float32})
     check = Check(CPU, [130])

@@ -167,7 +167,9 @@ def test_without_a_gpu_nothing_runs(tmp_path):
 
 
 def test_when_the_time_is_over_the_rest_is_not_run(tmp_path):
-    _, found, _ = run_stages(tmp_path, PREPARE, stage("next", "pass"), seconds=0)
+    slow = stage("slow", "import time; time.sleep(3)")
+    _, found, _ = run_stages(tmp_path, PREPARE, slow, stage("next", "pass"), seconds=sessions.LEAST_SECONDS + 2)
+    assert found["slow"] == ("passed", None)
     assert found["next"] == ("not run", "the time of the session was over")
 
 

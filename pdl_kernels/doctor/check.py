@@ -141,6 +141,8 @@ class Check:
                 elif "end" in answer:
                     self._record(*cases[done], answer["record"])
                     done += 1
+                    if time.monotonic() > self.deadline:
+                        break  # which ends the process
             if begun > done or done == 0:  # it ended in the middle of a case, or before the first one
                 problem = died or "the process ended without an answer"
                 self._record(*cases[done], {"status": "failed", "problem": problem})
@@ -172,6 +174,8 @@ class Check:
             elif "record" in answer:
                 self.document["speed"].append(answer["record"])
                 self.progress(1)
+                if time.monotonic() > self.deadline:
+                    break
             elif "died" in answer:
                 self.document["problems"].append(f"measuring ended early: {answer['died']}")
 
