@@ -25,7 +25,7 @@ from pdl_kernels.files import replace_file
 ROOT = Path(__file__).resolve().parents[2]
 MOST_WORKERS = 16
 LEAST_SECONDS = 5.0  # a stage that has less left is not begun
-LEAST_REHEARSAL = 60  # seconds of a stage of a rehearsal, which has a slower machine and no call that ends
+LEAST_REHEARSAL = 150  # seconds of a stage of a rehearsal, which has a slower machine and no call that ends
 TAIL_LINES = 12  # of a failed stage's output, on the terminal
 PASSED = ("passed", "passed again")  # the second: what failed at first passed when it ran again
 
