@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     if (chosen.out / "session.json").exists():
         parser.error(f"OUT is {chosen.out}, which holds an earlier session; name another folder")
     stages = tuple(stage for stage in STAGES if chosen.only is None or stage.name in ("prepare", *chosen.only))
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):  # shells start background jobs with SIGINT ignored
+        signal.signal(number, interrupt)
     session = Session(
         chosen.out.resolve(), chosen.kit and chosen.kit.resolve(), stages, rehearsal=chosen.rehearse,
         seconds=chosen.seconds, say=lambda text: print(text, flush=True),
