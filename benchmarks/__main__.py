@@ -48,10 +48,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shapes",
         help="comma-separated ROWSxVOCABULARY, such as 1024x32000, or ROWSxHIDDENxVOCABULARY for the linear loss "
-        "(default: real models')",
+        "(default: real models'); what does not fit, or belongs to a loss that --loss leaves out, is left out with its "
+        "reason, and the rest is measured",
     )
     parser.add_argument("--dtypes", help=f"comma-separated, of: {', '.join(DTYPES)}")
-    parser.add_argument("--peers", help=f"comma-separated, of: {', '.join(peers.PEERS)}; or none (default: all)")
+    parser.add_argument(
+        "--peers",
+        help=f"comma-separated, of: {', '.join(peers.PEERS)}; or none (default: all). What cannot run is left out with "
+        "its reason, and the rest is measured",
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds; never counted for goals")
     parser.add_argument("--rounds", type=int, help="samples per contender, however long they take")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
@@ -124,12 +129,12 @@ def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     torch.set_num_threads(arguments.threads)
     quick = arguments.quick
     operations = _chosen(arguments.op, list(OPERATIONS), "--op")
-    dtypes = _chosen(arguments.dtypes, list(DTYPES), "--dtypes") if arguments.dtypes else None
-    dtypes = dtypes or shapes.default_dtypes(device, quick=quick)
+    default_dtypes = shapes.default_dtypes(device, quick=quick)
+    dtypes = default_dtypes if arguments.dtypes is None else _chosen(arguments.dtypes, list(DTYPES), "--dtypes")
     left_out: dict[str, str] = {}
     losses = _chosen(arguments.loss, list(peers.LOSSES), "--loss")
     cases = _cases(arguments.shapes, dtypes, losses, device, quick, left_out)
-    measured = {("logits", "linear")[case.linear] for case in cases}
+    measured = {case.loss for case in cases}
     contenders = _contenders(arguments.peers, measured, device, quick, left_out)
     rounds = arguments.rounds or ROUNDS[device.type][quick]
     seconds = float("inf") if arguments.rounds else SECONDS[device.type][quick]
@@ -196,8 +201,8 @@ def _cases(
         asked = [Case(rows, vocab_size, dtype, hidden) for dtype in dtypes for rows, vocab_size, hidden in sizes]
     fitting = []
     for case in dict.fromkeys(asked):
-        loss = "linear" if case.linear else "logits"
-        reason = shapes.misfit(case, device) if loss in losses else f"it is one of the {loss} loss, not in --loss"
+        unasked = None if case.loss in losses else f"it is a shape of the {case.loss} loss, which --loss leaves out"
+        reason = unasked or shapes.misfit(case, device)
         if reason is None:
             fitting.append(case)
         else:
@@ -217,12 +222,16 @@ def _contenders(
         chosen = [] if text.strip() == "none" else _chosen(text, list(peers.PEERS), "--peers")
     contenders, reasons = peers.available(device, chosen, losses, quick=quick and text is None)
     left_out.update(reasons)
+    if text is not None:
+        able = {contender.peer for contender in peers.CONTENDERS.values() if contender.loss in losses}
+        what = " and ".join(sorted(losses))
+        left_out.update({peer: f"it has nothing for the {what} loss" for peer in chosen if peer not in able})
     return contenders
 
 
 def _warn(plan: Plan, document: dict[str, Any], asked: bool, console: Console) -> None:
     for what, why in document["left_out"].items() if asked else ():
-        console.print(f"[yellow]left out: {what}: {why}", soft_wrap=True)
+        console.print(f"left out: {what}: {why}", style="yellow", markup=False, soft_wrap=True)
     if plan.device.type != "cuda":
         console.print(
             f"CPU, {torch.get_num_threads()} threads: the eager backend is timed; the Triton kernels run on a CPU only "

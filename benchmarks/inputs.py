@@ -33,6 +33,11 @@ class Case(NamedTuple):
         return self.hidden_size > 0
 
     @property
+    def loss(self) -> str:
+        """What `--loss` calls it."""
+        return "linear" if self.linear else "logits"
+
+    @property
     def counted(self) -> int:
         """How many of the targets are not ignored."""
         return int((~_ignored(self, torch.device("cpu"))).sum())

@@ -1,41 +1,79 @@
 """Which launches of the single-pass kernel are worth timing first: a model, not a measurement.
 
-Known without compiling: the shape of a launch and its limit on registers. A multiprocessor takes as long per row as the
-slower of two things:
+What is known without compiling is the shape of a launch and its limit on registers. From these follow the blocks that a
+multiprocessor holds at once, each with its columns, and what each of them needs there:
 
-    memory   it waits for a row's bytes about LATENCY from the first load to the last store, and holds as many rows at
-             once as registers allow; its share of the device's bandwidth bounds it from below (Little's law)
-    issue    FIXED instructions of every thread and PER_COLUMN of every column, at the rate at which it issues them
+    memory    its columns read and written, at the multiprocessor's share of the device's bandwidth
+    issue     FIXED_INSTRUCTIONS of every thread and INSTRUCTIONS_PER_COLUMN
+    latency   time in which it waits and nothing is busy on its behalf: LATENCY, and more in a cluster, whose blocks
+              wait for each other
 
-The constants are from machine code and a reader's estimate of latency; nothing was timed.
+Memory and issue serve one block after the other, while latencies overlap: a closed queueing network, whose throughput
+mean value analysis gives (Reiser and Lavenberg, 1980). It has Little's law in it: few bytes in flight leave the memory
+idle during the latency. So more columns held at once are never slower where a thread does the same work, and they are
+worth less the closer the memory is to its limit.
+
+The instructions were counted in machine code of Triton 3.9 for sm_90, bfloat16: 390 to 480 of a thread in launches that
+do not spill, the branch of rows that do not count included. The assembler takes all registers up to the limit, or all but
+one; whether it spills, too, only compiling shows, and the model ranks a launch that spills as if it did not. The latency
+is an assumption, 3 to 4.5 microseconds. Nothing was timed.
 """
 
-from benchmarks.roofline.hardware import Hardware
-from benchmarks.roofline.model import programs_held
-from pdl_kernels.kernels.planner import RowLaunch
+import math
 
-LATENCY = 4e-6  # seconds that a held row takes from its first load to its last store where nothing else is in the way
-CLUSTER_LATENCY = 0.5e-6  # more for each doubling of the blocks that have to meet
-FIXED_INSTRUCTIONS = 135  # of a thread, whatever its columns
-PER_COLUMN = 10.5
-SHARED_BYTES = 256  # of a block, for the reduction
-LARGEST_REGISTERS = 255
+from benchmarks.roofline.hardware import HARDWARE, Hardware
+from benchmarks.roofline.model import programs_held
+from pdl_kernels.kernels.planner import Device, RowLaunch
+
+LATENCY = 3e-6  # seconds, of a row in one block
+CLUSTER_LATENCY = 0.375e-6  # more for each doubling of the blocks that wait for each other: 4.5e-6 in all for 16
+FIXED_INSTRUCTIONS = 440
+INSTRUCTIONS_PER_COLUMN = 10.5
+SHARED_BYTES = 64  # of a block, for the reduction
+MOST_REGISTERS = 255  # of a thread, where a launch sets no limit
+DEFAULT_TARGET = "sm_90"
+
+
+def hardware_of(device: Device) -> Hardware:
+    """The data sheet of the device's architecture; that of sm_90 where there is none, or none with the rates needed."""
+    major, minor = device.capability
+    hardware = HARDWARE.get(f"sm_{major}{minor}", HARDWARE[DEFAULT_TARGET])
+    return hardware._replace(multiprocessors=device.multiprocessors)
 
 
 def seconds_per_row(hardware: Hardware, plan: RowLaunch, vocab_size: int, itemsize: int) -> float:
-    """The time of the whole device over the number of rows, for many rows; inf where no block fits."""
-    blocks = programs_held(hardware, plan.registers or LARGEST_REGISTERS, SHARED_BYTES, plan.warps)
-    rows_held = blocks / plan.ctas  # of a multiprocessor; a cluster's blocks lie on several
-    if rows_held == 0:
-        return float("inf")
-    latency = LATENCY + CLUSTER_LATENCY * (plan.ctas.bit_length() - 1)
-    bandwidth = 2 * vocab_size * itemsize / hardware.memory_bandwidth
-    memory = max(latency / rows_held / hardware.multiprocessors, bandwidth)
-    threads = plan.ctas * plan.warps * hardware.target.warp_size
-    instructions = FIXED_INSTRUCTIONS * threads + PER_COLUMN * vocab_size
-    issue = instructions / (hardware.issue_rate or 128) / hardware.clock / hardware.multiprocessors
-    # Neither hides the other wholly: of two launches that the memory bounds, the one with less to issue comes first.
-    return max(memory, issue) + 0.1 * min(memory, issue)
+    """Predicted time of loss + gradient of many rows over their number; inf where no block fits.
+
+    `plan` holds its rows on chip; `hardware` is one of those that have rates.
+    """
+    assert hardware.issue_rate is not None, f"{hardware.name} has no rates"
+    resident = programs_held(hardware, plan.registers or MOST_REGISTERS, SHARED_BYTES, plan.warps)
+    if resident == 0:
+        return math.inf
+    threads = plan.warps * hardware.target.warp_size
+    columns = vocab_size / plan.ctas  # of a block
+    memory = 2 * columns * itemsize * hardware.multiprocessors / hardware.memory_bandwidth
+    instructions = FIXED_INSTRUCTIONS * threads + INSTRUCTIONS_PER_COLUMN * columns
+    issue = instructions / hardware.issue_rate / hardware.clock
+    latency = LATENCY + CLUSTER_LATENCY * math.log2(plan.ctas)
+    blocks_per_second = throughput(resident, [memory, issue], latency)  # of a multiprocessor
+    return plan.ctas / blocks_per_second / hardware.multiprocessors
+
+
+def throughput(customers: int, demands: list[float], think: float) -> float:
+    """Customers served per second in a closed network, by mean value analysis.
+
+    Args:
+        demands: seconds of service that each customer needs at each station, one customer at a time.
+        think: seconds between two visits, of all customers at once.
+    """
+    queues = [0.0] * len(demands)  # mean number of customers at each station, itself left out
+    rate = 0.0
+    for number in range(1, customers + 1):
+        waits = [demand * (1 + queue) for demand, queue in zip(demands, queues, strict=True)]
+        rate = number / (think + sum(waits))
+        queues = [rate * wait for wait in waits]
+    return rate
 
 
 def ranked(hardware: Hardware, plans: list[RowLaunch], vocab_size: int, itemsize: int) -> list[RowLaunch]:

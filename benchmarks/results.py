@@ -38,7 +38,7 @@ def new_document(environment: dict[str, Any], options: dict[str, Any], left_out:
         "options": options,
         "bandwidth": {},  # bytes per second
         "host": None,
-        "left_out": left_out,  # peers and shapes, with their reasons
+        "left_out": left_out,  # contenders, whole peers and shapes, with their reasons
         "records": [],
     }
 

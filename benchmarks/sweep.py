@@ -3,9 +3,12 @@
     python -m benchmarks.sweep --out benchmarks/results/h200/sweep.json        on a GPU, in less than 10 minutes
 
 For every shape and dtype: the planner's own choice, the two-pass kernel, and the twenty best by benchmarks.ranking of
-the rows held on chip by clusters of 1 to 16 blocks of 4 to 16 warps with several limits on registers. One JSON record
-per candidate, written as they come; a table of the best ones against the planner's choice at the end. Ctrl-C and the
-end of the time keep what was measured. Compiling is most of the time: benchmarks.ahead does it in several processes.
+the rows held on chip by clusters of 1 to 16 blocks of 4 to 16 warps with several limits on registers. Shapes come in
+the order of their value. One JSON record per candidate, written as they come; a table of the best ones against the
+planner's choice at the end. Ctrl-C and the end of the time keep what was measured.
+
+Compiling is most of the time: benchmarks.ahead does it beforehand, in several processes. Each record has the number of
+kernels that were compiled for it all the same, and the seconds of its first launch, apart from those of the kernel.
 
 Exit status: 0; 2 without a GPU, or for input that cannot be used; 130 after Ctrl-C.
 """
@@ -16,6 +19,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,13 +30,14 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from triton import knobs
 
 from benchmarks import environment
 from benchmarks.inputs import DTYPES, Case, make_inputs
-from benchmarks.ranking import ranked
-from benchmarks.roofline.hardware import HARDWARE
+from benchmarks.peers.contender import first_line
+from benchmarks.ranking import hardware_of, ranked
 from benchmarks.shapes import VOCABULARIES, misfit
-from benchmarks.timing import make_stopwatch, summarize
+from benchmarks.timing import make_stopwatch, summarize, time_limit
 from pdl_kernels import files
 from pdl_kernels.backends import interpreted
 from pdl_kernels.kernels import launch, planner
@@ -48,7 +54,7 @@ FEWEST_COLUMNS = 32
 MOST_CANDIDATES = 20  # of a shape, beside the planner's own
 ROUNDS = 7
 SAVE_EVERY = 2.0  # seconds
-MODELLED = "sm_90"  # whose rates rank the candidates; the order is much the same on others
+CANDIDATE_SECONDS = 30.0  # at most, compilation included: up to 25 on two slow cores
 
 
 def candidates(
@@ -60,12 +66,14 @@ def candidates(
         case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head
     )
     others = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
-    return planned + ranked(HARDWARE[MODELLED], others, case.vocab_size, case.itemsize)[:most]
+    return planned + ranked(hardware_of(device), others, case.vocab_size, case.itemsize)[:most]
 
 
 def _held_rows(case: Case, device: Device, triton_version: tuple[int, int], head: bool) -> list[RowLaunch]:
-    """Every shape of a held row that could be worth its registers."""
-    found = []
+    """Every shape of a held row that could be worth its registers; none for warps of another size than NVIDIA's."""
+    found: list[RowLaunch] = []
+    if device.warp_size != 32:
+        return found
     clusters = device.capability >= planner.CLUSTER_CAPABILITY and triton_version >= planner.CLUSTER_TRITON
     for ctas in CLUSTERS if clusters else (1,):
         for warps in (4, 8, 16):
@@ -99,32 +107,6 @@ def planned_work(
     ]
 
 
-def time_candidate(
-    inputs: LossInputs, gradient: torch.Tensor, plan: RowLaunch, stopwatch: Callable[[Callable[[], object]], float]
-) -> dict[str, Any]:
-    """Seconds of the row kernel alone, or why there are none; and those of the first launch, which compiles."""
-    options = LossOptions()
-    scalars, _ = launch.denominators(inputs, options)
-    seconds: list[float] = []
-    problem = None
-    start = time.perf_counter()
-    first = None
-    with mock.patch.object(launch, "loss_plans", return_value=[plan]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            launch.loss_rows(inputs, options, scalars, gradient)
-            first = time.perf_counter() - start
-            if launch.was_refused(plan, launch.device_of(inputs.logits.device)):
-                problem = "cannot be compiled"
-            else:
-                seconds = [
-                    stopwatch(lambda: launch.loss_rows(inputs, options, scalars, gradient)) for _ in range(ROUNDS)
-                ]
-        except Exception as error:  # a launch that the device refuses, such as a cluster of 16, is a result
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return {"problem": problem, "seconds": seconds, "compile_seconds": first}
-
-
 def cases(dtypes: list[str], vocabularies: list[int], rows: list[int]) -> Iterator[Case]:
     """In the order of their value."""
     ordered = sorted(vocabularies, key=lambda size: ORDER.index(size) if size in ORDER else len(ORDER))
@@ -134,43 +116,143 @@ def cases(dtypes: list[str], vocabularies: list[int], rows: list[int]) -> Iterat
                 yield Case(count, vocab_size, dtype)
 
 
+def time_candidate(
+    inputs: LossInputs,
+    gradient: torch.Tensor,
+    plan: RowLaunch,
+    stopwatch: Callable[[Callable[[], object]], float],
+    limit: float,
+) -> dict[str, Any]:
+    """Seconds of the row kernel alone, or why there are none.
+
+    Beside them the seconds of the first launch, which compiles unless Triton's cache has the kernel, and how many
+    kernels were compiled. After `limit` seconds it is given up, or makes do with the samples that it has.
+    """
+    options = LossOptions()
+    scalars, _ = launch.denominators(inputs, options)
+    seconds: list[float] = []
+    compile_seconds = 0.0
+    problem = None
+
+    def run() -> None:
+        launch.loss_rows(inputs, options, scalars, gradient)
+
+    with (
+        mock.patch.object(launch, "loss_plans", return_value=[plan]),
+        warnings.catch_warnings(),
+        counted_compilations() as compilations,
+    ):
+        warnings.simplefilter("ignore", UserWarning)
+        start = time.perf_counter()
+        try:
+            with time_limit(limit):
+                try:
+                    run()
+                finally:
+                    compile_seconds = time.perf_counter() - start
+                if launch.was_refused(plan, launch.device_of(inputs.logits.device)):
+                    problem = "cannot be compiled"
+                else:
+                    for _ in range(ROUNDS):
+                        seconds.append(stopwatch(run))
+        except Exception as error:  # a launch that the device refuses, such as a cluster of 16, is a result
+            if not (seconds and isinstance(error, TimeoutError)):
+                problem, seconds = first_line(error), []
+    return {
+        "problem": problem,
+        "seconds": seconds,
+        "compilations": compilations(),
+        "compile_seconds": compile_seconds,
+    }
+
+
+@contextmanager
+def counted_compilations() -> Iterator[Callable[[], int]]:
+    """The function says how many kernels were compiled since, and not found in Triton's cache."""
+    compiled = 0
+
+    def count(**what: Any) -> None:
+        nonlocal compiled
+        compiled += not what["cache_hit"]
+
+    with mock.patch.object(knobs.compilation, "listener", count):
+        yield lambda: compiled
+
+
+def new_document(device: torch.device) -> dict[str, Any]:
+    return {
+        "triton": triton.__version__,
+        "environment": environment.describe(device, []),
+        "complete": False,
+        "compilations": 0,
+        "compile_seconds": 0.0,  # of all first launches
+        "left_out": {},  # shapes, with their reasons
+        "records": [],
+    }
+
+
 def sweep(
-    chosen: list[Case],
+    work: list[tuple[Case, RowLaunch]],  # of `planned_work`
     device: torch.device,
     seconds: float,
-    save: Callable[[list[dict[str, Any]]], None],
-    most: int | None = MOST_CANDIDATES,
+    document: dict[str, Any],
+    save: Callable[[], None],
+    candidate_seconds: float = CANDIDATE_SECONDS,
 ) -> None:
-    """Time the candidates of every case; `save` is given all records every few seconds, and at the end of any kind."""
+    """Fill `document`, saving every few seconds and at the end. KeyboardInterrupt passes through."""
     deadline = time.monotonic() + seconds
     stopwatch = make_stopwatch(device)
-    records: list[dict[str, Any]] = []
-    described = launch.device_of(device)
-    progress = tqdm(chosen, desc="sweep", unit="shape")
     saved = time.monotonic()
-    try:
-        for case in progress:
-            if misfit(case, device) is not None:
-                continue
-            if time.monotonic() > deadline:
-                return
-            made = make_inputs(case, device)
-            logits = as_rows(made.logits)
-            inputs = LossInputs(logits, made.targets, made.weights, None, None)
-            gradient = empty_gradient(logits)
-            for number, plan in enumerate(candidates(case, described, launch.TRITON_VERSION, most)):
+    done = 0  # or left out
+    with tqdm(total=len(work), desc="sweep", unit="candidate") as progress:
+        try:
+            for case, group in groupby(work, key=lambda entry: entry[0]):
                 if time.monotonic() > deadline:
                     return
-                progress.set_postfix_str(f"{case}: {plan.kernel}, {plan.ctas} x {plan.warps} warps")
-                timed = time_candidate(inputs, gradient, plan, stopwatch)
-                records.append({**case._asdict(), "plan": plan._asdict(), "planned": number == 0, **timed})
-                if time.monotonic() - saved > SAVE_EVERY:
-                    save(records)
-                    saved = time.monotonic()
-    finally:  # also after Ctrl-C and at the end of the time
-        progress.close()
-        if records:
-            save(records)
+                progress.set_postfix_str(str(case))
+                plans = [plan for _, plan in group]
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # of the shape before
+                reason = misfit(case, device)
+                if reason is not None:
+                    document["left_out"][str(case)] = reason
+                    done += len(plans)
+                    progress.update(len(plans))
+                    continue
+                for record in _timed(case, plans, device, stopwatch, deadline, candidate_seconds):
+                    document["records"].append(record)
+                    document["compilations"] += record["compilations"]
+                    document["compile_seconds"] += record["compile_seconds"]
+                    done += 1
+                    progress.update()
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        save()
+                        saved = time.monotonic()
+        finally:  # also after Ctrl-C and at the end of the time
+            document["complete"] = done == len(work)
+            if document["records"] or document["left_out"]:
+                save()
+
+
+def _timed(
+    case: Case,
+    plans: list[RowLaunch],
+    device: torch.device,
+    stopwatch: Callable[[Callable[[], object]], float],
+    deadline: float,
+    candidate_seconds: float,
+) -> Iterator[dict[str, Any]]:
+    """A record of each plan, of which the first is the planner's, until the time is over."""
+    made = make_inputs(case, device)
+    logits = as_rows(made.logits)
+    inputs = LossInputs(logits, made.targets, made.weights, None, None)
+    gradient = empty_gradient(logits)
+    for number, plan in enumerate(plans):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        timed = time_candidate(inputs, gradient, plan, stopwatch, min(candidate_seconds, left))
+        yield {**case._asdict(), "plan": plan._asdict(), "planned": number == 0, **timed}
 
 
 def best(records: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -208,14 +290,20 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m benchmarks.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bfloat16", "float32", "float16"])
-    parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--vocabularies", nargs="+", type=_at_least(2), default=list(VOCABULARIES))
+    parser.add_argument("--rows", nargs="+", type=_at_least(1), default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=540.0, help="stop after so many (default: %(default)s)")
     parser.add_argument(
+        "--candidate-seconds",
+        type=float,
+        default=CANDIDATE_SECONDS,
+        help="give one up after so many (default: %(default)s)",
+    )
+    parser.add_argument(
         "--candidates",
-        type=int,
+        type=_at_least(0),
         default=MOST_CANDIDATES,
-        help="of a shape, beside the planner's (default: %(default)s)",
+        help="of a shape, beside the planner's, the best by benchmarks.ranking (default: %(default)s)",
     )
     parser.add_argument("--all", action="store_true", help="every candidate, which takes an hour")
     parser.add_argument(
@@ -224,36 +312,56 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the JSON file; an existing one is refused")
     chosen = parser.parse_args(arguments)
+    problem = _problem(chosen)
+    if problem is not None:
+        print(f"python -m benchmarks.sweep: {problem}", file=sys.stderr)
+        return 2
     if chosen.device == "cpu":
-        if not interpreted():
-            print(
-                "python -m benchmarks.sweep: --device cpu is for rehearsals under TRITON_INTERPRET=1", file=sys.stderr
-            )
-            return 2
         print("a rehearsal: interpreted kernels have no speed, and the times mean nothing")
-    elif not torch.cuda.is_available():
-        print("python -m benchmarks.sweep: torch sees no GPU, and interpreted kernels have no speed", file=sys.stderr)
-        return 2
-    if chosen.out.exists():
-        print(f"python -m benchmarks.sweep: --out {chosen.out} exists; name another file", file=sys.stderr)
-        return 2
     device = torch.device(chosen.device)
+    most = None if chosen.all else chosen.candidates
+    described = launch.device_of(device)
+    work = planned_work(chosen.dtypes, chosen.vocabularies, chosen.rows, described, launch.TRITON_VERSION, most)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[dict[str, Any]] = []
+    document = new_document(device)
 
-    def save(records: list[dict[str, Any]]) -> None:
-        kept[:] = records
-        document = {"triton": triton.__version__, "environment": environment.describe(device, []), "records": records}
+    def save() -> None:
         files.replace_file(chosen.out, json.dumps(document, indent=1).encode())
 
     status = 0
     try:
-        most = None if chosen.all else chosen.candidates
-        sweep(list(cases(chosen.dtypes, chosen.vocabularies, chosen.rows)), device, chosen.seconds, save, most)
+        sweep(work, device, chosen.seconds, document, save, chosen.candidate_seconds)
     except KeyboardInterrupt:
         status = 130
-    print_best(kept, Console())
+    print_best(document["records"], Console())
+    for what, reason in document["left_out"].items():
+        print(f"left out: {what}: {reason}")
+    print(
+        f"{len(document['records'])} of {len(work)} candidates; compiled: {document['compilations']}; "
+        f"first launches took {document['compile_seconds']:.1f} s"
+    )
     return status
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text}: at least {least} is accepted")
+        return value
+
+    return integer
+
+
+def _problem(chosen: argparse.Namespace) -> str | None:
+    """Why the sweep cannot begin, or None."""
+    if chosen.device == "cpu" and not interpreted():
+        return "--device cpu is for rehearsals under TRITON_INTERPRET=1"
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU, and interpreted kernels have no speed"
+    if chosen.out.exists():
+        return f"--out {chosen.out} exists; name another file"
+    return None
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def print_results(document: dict[str, Any], console: Console) -> None:
     for record in document["records"]:
         if record["problem"]:
             what = f"{record['contender']}, {TITLES.get(record['operation'], record['operation'])}, {case_of(record)}"
-            console.print(f"[yellow]{record['status']}: {what}: {record['problem']}[/yellow]")
+            console.print(f"{record['status']}: {what}: {record['problem']}", style="yellow", markup=False)
     for what, reason in document["left_out"].items():
-        console.print(f"[dim]left out: {what}: {reason}[/dim]")
+        console.print(f"left out: {what}: {reason}", style="dim", markup=False)
 
 
 def _case_table(document: dict[str, Any], case: Case) -> Table:

@@ -1,10 +1,13 @@
 """Interleaved timing: A B C A B C ..., every sample kept. Preparation (restoring logits) stays outside the clock."""
 
 import ctypes
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -89,6 +92,29 @@ def time_interleaved(
                 lane.seconds.append(sample)
             advance(1)
     return given_up
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Within, TimeoutError is raised once they are over.
+
+    It ends Python, the compiler between its passes and the assembler, and no call that waits for a kernel. Nothing is
+    limited outside the main thread or where there are no such signals.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expire(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.3g} seconds")
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

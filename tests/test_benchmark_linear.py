@@ -51,7 +51,7 @@ def test_a_run_writes_table_json_and_plots(run, tmp_path, capsys):  # noqa: F811
 
 def test_a_shape_of_a_loss_that_was_left_out_is_refused(run, capsys):  # noqa: F811
     assert run(*TINY, "--loss", "logits")[0] == 2
-    assert "it is one of the linear loss, not in --loss" in capsys.readouterr().err
+    assert "it is a shape of the linear loss, which --loss leaves out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", [0, 1], ids=["hidden states", "output layer"])

@@ -89,3 +89,13 @@ def test_absent_peers_are_left_out_with_their_reasons():
     gpu = torch.device("cuda")
     if importlib.util.find_spec("flash_attn") is None:
         assert peers.CONTENDERS["flash-attention"].problem(gpu) == "not installed"
+
+
+def test_what_a_contender_lacks_leaves_the_others_of_its_peer(monkeypatch):
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    found, reasons = peers.available(CPU, ["torch"])
+    assert {contender.name for contender in found if contender.peer == "torch"} == {"torch", "torch linear"}
+    assert reasons == {"torch chunked": "F.linear_cross_entropy came with torch 2.13"}
+    found, reasons = peers.available(CPU, ["torch"], ["logits"])
+    assert {contender.name for contender in found} == {"pdl", "pdl in place", "torch"}
+    assert reasons == {}, "what is not measured is not mentioned"

@@ -2,17 +2,20 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import bandwidth, peers, results, shapes, suite, timing
-from benchmarks.__main__ import main
+from benchmarks import bandwidth, environment, peers, results, shapes, suite, timing
+from benchmarks.__main__ import InputError, main, make_parser, prepare
 from benchmarks.compare import compare
 from benchmarks.goals import judge
 from benchmarks.inputs import IGNORE_INDEX, Case, make_inputs
 from benchmarks.operations import OPERATIONS, Run
+from benchmarks.peers import contender
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--shapes", "16x1000,8x2000", "--dtypes", "fp32", "--rounds", "3", "--peers", "torch"]
@@ -125,7 +128,120 @@ def test_shapes_that_cannot_be_measured_are_left_out(run, capsys):
     assert len(document["left_out"]) == 2
     shown = capsys.readouterr().out
     assert "left out: 10000000 x 262144 float32: it needs about" in shown
-    assert "it is one of the linear loss, not in --loss" in shown
+    assert "it is a shape of the linear loss, which --loss leaves out" in shown
+
+
+def test_a_shape_of_another_loss_alone_is_an_error(run, tmp_path, capsys):
+    assert run(*SMALL, "--loss", "logits", "--peers", "none", "--shapes", "2048x512x32000")[0] == 2
+    said = capsys.readouterr().err
+    assert "nothing is left to measure: 2048 x 512 x 32000 float32" in said
+    assert "it is a shape of the linear loss, which --loss leaves out" in said
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("peer", "loss", "shape"),
+    [("cce", "logits", "16x100"), ("unsloth", "linear", "16x8x100"), ("torch.compile", "linear", "16x8x100")],
+)
+def test_a_peer_without_the_measured_loss_is_left_out_aloud(run, capsys, peer, loss, shape):
+    status, document = run(*SMALL, "--loss", loss, "--shapes", shape, "--peers", f"torch,{peer}")
+    assert status == 0
+    assert document["left_out"] == {peer: f"it has nothing for the {loss} loss"}
+    assert {record["status"] for record in document["records"]} == {"timed"}
+    assert f"left out: {peer}: it has nothing for the {loss} loss" in capsys.readouterr().out
+
+
+def test_a_reason_may_hold_brackets(run, monkeypatch, capsys):
+    """They are rich's markup: a path in brackets would be an error, or vanish."""
+    reason = "cannot be imported: [/usr/lib/a.so] [Errno 2]"
+    replace_contender(monkeypatch, "torch", problem=lambda device: reason)
+
+    def build(inputs):
+        raise ValueError("[/broken] [too]")
+
+    replace_contender(monkeypatch, "pdl in place", build=build)
+    status, document = run(*SMALL, "--loss", "logits", "--shapes", "16x100", "--peers", "torch")
+    assert status == 1
+    assert document["left_out"] == {"torch": reason}
+    before, after = capsys.readouterr().out.split("16 x 100 float32", 1)
+    assert f"left out: torch: {reason}" in before, "before the run"
+    assert f"left out: torch: {reason}" in after, "and beside the results"
+    assert "ValueError: [/broken] [too]" in after
+
+
+def test_it_is_yellow_on_a_terminal_before_the_run(run, monkeypatch, capsys):
+    console = Console(force_terminal=True, color_system="standard", width=200)
+    monkeypatch.setattr("benchmarks.__main__.make_console", lambda: console)
+    assert run(*SMALL, "--shapes", "16x100", "--peers", "liger")[0] == 0
+    said = capsys.readouterr().out
+    line = said.index("left out: liger: ")
+    assert said[:line].endswith("\x1b[33m")
+    assert line < said.index("16 x 100 float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every combination of options has something to measure, unless nothing was asked for
+
+PEERS_OF_A_GPU = {"liger", "quack", "cce", "flash-attention", "fla", "unsloth"}
+
+
+@pytest.fixture
+def _any_device(monkeypatch):
+    """Plans are made for a GPU as for a CPU; no peer but torch is installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(environment, "describe", lambda device, contenders: {})
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 2 << 40)
+    monkeypatch.setattr(contender.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def planned(*arguments):
+    """(plan, document), nothing measured."""
+    return prepare(make_parser().parse_args([*arguments, "--threads", str(torch.get_num_threads())]))
+
+
+@pytest.mark.usefixtures("_older_torch", "_any_device")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [[], ["--quick"]], ids=["", "quick"])
+@pytest.mark.parametrize("loss", [None, "logits", "linear", "linear,logits"])
+@pytest.mark.parametrize("sizes", [None, "1024x32000", "64x32x1000", "1024x32000,64x32x1000", f"9x{1 << 60},4x100"])
+def test_every_combination_measures_something(device, quick, loss, sizes):
+    operations = [None, "forward", "forward-backward-scaled", "forward,forward-backward"]
+    dtypes = [None, "bf16", "fp16", "float32", "fp16,fp32"]
+    named = [None, "none", *peers.PEERS, ",".join(peers.PEERS), "liger,torch"]
+    asked_losses = set((loss or "logits,linear").split(","))
+    kinds = {"linear" if size.count("x") == 2 else "logits" for size in sizes.split(",")} if sizes else asked_losses
+    for op, dtype, asked in itertools.product(operations, dtypes, named):
+        options = {"--op": op, "--loss": loss, "--shapes": sizes, "--dtypes": dtype, "--peers": asked}
+        given = [text for option, value in options.items() if value is not None for text in (option, value)]
+        arguments = ["--device", device, *quick, *given]
+        if not kinds & asked_losses:
+            with pytest.raises(InputError, match=r"nothing is left to measure: .* which --loss leaves out"):
+                planned(*arguments)
+            continue
+        plan, document = planned(*arguments)
+        assert plan.operations
+        assert plan.steps > 0
+        assert {case.loss for case in plan.cases} == kinds & asked_losses
+        for case in plan.cases:
+            names = {one.name for one in plan.contenders_of(case)}
+            assert ("pdl linear" if case.linear else "pdl") in names, arguments
+            if asked is None or "torch" in asked.split(","):
+                assert ("torch linear" if case.linear else "torch") in names, arguments
+        left_out = document["left_out"]
+        for peer in PEERS_OF_A_GPU & set((asked or "").split(",")):
+            assert any(peer == what or what.startswith(f"{peer} ") for what in left_out), "no peer vanishes silently"
+        lacks = "linear" in kinds & asked_losses and (asked is None or "torch" in asked.split(","))
+        assert ("torch chunked" in left_out) == lacks, "what is not measured is not mentioned"
+
+
+@pytest.mark.usefixtures("_any_device")
+@pytest.mark.parametrize("option", ["--op", "--loss", "--shapes", "--dtypes", "--peers", "--device"])
+@pytest.mark.parametrize("value", ["", "nonsense", "torch,", "bf16,nonsense"])
+def test_unknown_names_are_errors_in_every_option(option, value):
+    with pytest.raises(InputError, match=option):
+        planned(option, value)
 
 
 def test_a_second_run_overwrites_nothing(run, tmp_path):
