@@ -13,10 +13,10 @@ mean value analysis gives (Reiser and Lavenberg, 1980). It has Little's law in i
 idle during the latency. So more columns held at once are never slower where a thread does the same work, and they are
 worth less the closer the memory is to its limit.
 
-The instructions were counted in machine code of Triton 3.9 for sm_90, bfloat16: 390 to 480 of a thread in launches that
-do not spill, the branch of rows that do not count included. The assembler takes all registers up to the limit, or all but
-one; whether it spills, too, only compiling shows, and the model ranks a launch that spills as if it did not. The latency
-is an assumption, 3 to 4.5 microseconds. Nothing was timed.
+The instructions were counted in machine code of Triton 3.9 for sm_90, bfloat16: 390 to 480 of a thread where nothing
+spills, the branch of rows that do not count included. The assembler takes all registers up to the limit, or all but
+one; whether it spills, only compiling shows, and the model ranks a launch that spills as if it did not. The latency is
+an assumption, 3 to 4.5 microseconds. Nothing was timed.
 """
 
 import math

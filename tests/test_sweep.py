@@ -61,7 +61,8 @@ def _stubbed_gpu(monkeypatch):
     monkeypatch.setattr(sweep, "candidates", lambda *_: [*held, two_passes])
 
 
-ARGUMENTS = ["--dtypes", "float32", "--vocabularies", "300", "--rows", "4", "8"]
+# An interpreted candidate takes long on a busy machine.
+ARGUMENTS = ["--dtypes", "float32", "--vocabularies", "300", "--rows", "4", "8", "--candidate-seconds", "1000"]
 
 
 @pytest.mark.cpu_only(reason="on a GPU it would run")
