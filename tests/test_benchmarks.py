@@ -111,6 +111,22 @@ def test_a_peer_that_cannot_run_is_left_out_aloud(run, capsys):
     assert "left out: liger: its kernels run on a GPU" in capsys.readouterr().out
 
 
+def test_a_peer_that_is_not_installed_is_left_out_aloud(run, capsys, monkeypatch):
+    for name in ("liger", "liger linear"):
+        replace_contender(monkeypatch, name, problem=lambda device: "not installed")
+    status, document = run(*SMALL, "--shapes", "16x100", "--peers", "liger")
+    assert status == 0
+    assert document["left_out"] == {"liger": "not installed"}
+    assert "left out: liger: not installed" in capsys.readouterr().out
+
+
+def test_what_a_peer_lacks_of_the_only_loss_measured_has_its_contenders_name(run, monkeypatch):
+    replace_contender(monkeypatch, "liger", problem=lambda device: None)
+    replace_contender(monkeypatch, "liger linear", problem=lambda device: "too old")
+    _, document = run(*SMALL, "--shapes", "16x8x100", "--peers", "liger")
+    assert document["left_out"] == {"liger linear": "too old"}, "its other loss would run"
+
+
 def test_without_any_peer_this_package_is_measured(run):
     status, document = run(*SMALL, "--shapes", "16x100", "--peers", "liger,quack")
     assert status == 0

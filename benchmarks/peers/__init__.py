@@ -34,7 +34,7 @@ def available(
     """Contenders of the `losses` that can run on `device`, ours first, and why others of the chosen `peers` cannot.
 
     What a peer cannot do keeps none of its other contenders from running. A reason is that of a contender, by its name,
-    or of a peer, where it is the same for everything that the peer has.
+    or of a peer, where it is the same for everything that the peer has, of either loss.
     """
     found: list[Contender] = []
     reasons: dict[str, str] = {}
@@ -45,8 +45,9 @@ def available(
         problems = {one.name: one.problem(device) for one in contenders}
         kept = [one for one in contenders if problems[one.name] is None]
         left_out = {name: problem for name, problem in problems.items() if problem is not None}
-        if left_out and not kept and len(set(left_out.values())) == 1:
-            left_out = {peer: next(iter(left_out.values()))}
+        if left_out and not kept:
+            whole = {one.problem(device) for one in CONTENDERS.values() if one.peer == peer}
+            left_out = {peer: next(iter(left_out.values()))} if len(whole) == 1 else left_out
         reasons.update(left_out)
         for one in kept:
             if quick and one.not_quick:

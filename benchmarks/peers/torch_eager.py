@@ -32,7 +32,8 @@ def build_chunked(inputs: Inputs) -> Loss:
 
 
 def lacks_chunks(device: torch.device) -> str | None:
-    return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else "F.linear_cross_entropy came with torch 2.13"
+    found = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+    return None if found else "F.linear_cross_entropy came with torch 2.13"
 
 
 CONTENDERS = (
