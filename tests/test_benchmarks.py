@@ -49,7 +49,8 @@ def test_a_run_writes_table_json_and_plots(run, tmp_path, capsys):
     assert path.parent == tmp_path / "cpu"
     assert results.load(path) == document
     assert document["complete"]
-    assert document["environment"]["packages"]["torch"] == torch.__version__
+    # Installers may leave out the build that torch names: 2.11.0 of 2.11.0+cu130.
+    assert document["environment"]["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert document["bandwidth"]["copy"] > 0
     keys = {(r["operation"], r["rows"], r["vocab_size"], r["contender"]) for r in document["records"]}
     names = ("pdl", "pdl in place", "torch")
@@ -162,7 +163,8 @@ def test_a_shape_of_another_loss_alone_is_an_error(run, tmp_path, capsys):
 def test_a_peer_without_the_measured_loss_is_left_out_aloud(run, capsys, peer, loss, shape):
     status, document = run(*SMALL, "--loss", loss, "--shapes", shape, "--peers", f"torch,{peer}")
     assert status == 0
-    assert document["left_out"] == {peer: f"it has nothing for the {loss} loss"}
+    left_out = {what: why for what, why in document["left_out"].items() if what not in LACKING}  # by an older torch
+    assert left_out == {peer: f"it has nothing for the {loss} loss"}
     assert {record["status"] for record in document["records"]} == {"timed"}
     assert f"left out: {peer}: it has nothing for the {loss} loss" in capsys.readouterr().out
 
