@@ -7,8 +7,9 @@ the rows held on chip by clusters of 1 to 16 blocks of 4 to 16 warps with severa
 the order of their value. One JSON record per candidate, written as they come; a table of the best ones against the
 planner's choice at the end. Ctrl-C and the end of the time keep what was measured.
 
-Compiling is most of the time: benchmarks.ahead does it beforehand, in several processes. Each record has the number of
-kernels that were compiled for it all the same, and the seconds of its first launch, apart from those of the kernel.
+Compiling is most of the time: benchmarks.compile_ahead does it beforehand, in several processes. Each record has the
+number of kernels that were compiled for it all the same, and the seconds of its first launch, apart from those of the
+kernel.
 
 Exit status: 0; 2 without a GPU, or for input that cannot be used; 130 after Ctrl-C.
 """

@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from benchmarks import ahead
+from benchmarks import compile_ahead
 
 KEPT = (".cubin", ".json")  # what a launch reads; the rest is the compiler's intermediate code
 
@@ -54,17 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="made if it is not there")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default: %(default)s")
-    parser.add_argument("--parts", nargs="+", choices=ahead.PARTS, default=list(ahead.PARTS))
+    parser.add_argument("--parts", nargs="+", choices=compile_ahead.PARTS, default=list(compile_ahead.PARTS))
     parser.add_argument("--vocabularies", nargs="+", type=int, help="default: those of the parts")
     chosen = parser.parse_args(arguments)
-    cache = ahead.default_cache()
+    cache = compile_ahead.default_cache()
     if cache.exists():
         parser.error(f"{cache} exists; move it away first, since only what is compiled here may be packed")
     chosen.folder.mkdir(parents=True, exist_ok=True)
     options = ["--processes", str(chosen.processes), "--parts", *chosen.parts]
     if chosen.vocabularies:
         options += ["--vocabularies", *map(str, chosen.vocabularies)]
-    status = ahead.main(options)
+    status = compile_ahead.main(options)
     kernels = prune(cache)
     target = chosen.folder / f"compiled-{cache.name.removeprefix('triton-')}.tar.xz"
     pack(cache, target)

@@ -1,5 +1,5 @@
 """Makes calls of `doctor --check` through the ordinary launch path, on tensors with memory, and prints how many kernels
-had to be compiled: those that benchmarks.ahead had not put into Triton's cache. Launches go nowhere.
+had to be compiled: those that benchmarks.compile_ahead had not put into Triton's cache. Launches go nowhere.
 
     TRITON_INTERPRET=0 TRITON_CACHE_DIR=... PYTHONPATH=. python tests/launch_from_cache.py VOCABULARY DTYPE
 """
@@ -12,7 +12,7 @@ from stubbed_device import StubbedDriver
 from triton import knobs
 from triton.runtime.driver import driver
 
-from benchmarks import ahead
+from benchmarks import compile_ahead
 from benchmarks.roofline.hardware import HARDWARE
 from pdl_kernels import backends
 from pdl_kernels.doctor import correctness
@@ -24,17 +24,17 @@ from pdl_kernels.ops import cross_entropy as operation
 def main() -> None:
     vocab_size, dtype = int(sys.argv[1]), sys.argv[2]
     warnings.filterwarnings("ignore")
-    driver.set_active(StubbedDriver(HARDWARE[ahead.TARGET].target))
+    driver.set_active(StubbedDriver(HARDWARE[compile_ahead.TARGET].target))
     backends.triton_problem = lambda device, dtype: None
     operation.check_targets = lambda *_: None
-    launch.device_of = lambda device: ahead.described_device()
+    launch.device_of = lambda device: compile_ahead.described_device()
     found = {True: 0, False: 0}
 
     def count(**what) -> None:
         found[what["cache_hit"]] += 1
 
     knobs.compilation.listener = count
-    for case in cases_for(ahead.described_device().multiprocessors, [vocab_size]):
+    for case in cases_for(compile_ahead.described_device().multiprocessors, [vocab_size]):
         if case.dtype == dtype:
             recipe = RECIPES[case.recipe]
             problem = correctness.make_problem(case, torch.device("cpu"))

@@ -16,9 +16,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-KIT_SITE = Path("/tmp/offline-kit")  # where the kit's install.sh unpacks
-PEERS_SITE = Path("/tmp/pdl-kernels-peers")  # the kit's peers without its Triton
-CACHE_ROOT = Path("/tmp/pdl-kernels-cache")  # as in benchmarks.ahead, which imports Triton
+from benchmarks.gpu_session import paths
+
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -47,19 +46,19 @@ def unpack(kit: Path) -> dict[str, Any]:
     if (kit / "install.sh").exists():
         subprocess.run(["bash", str(kit / "install.sh"), str(kit)], check=True)
     for archive in sorted(kit.glob("compiled-*.tar.xz")):
-        CACHE_ROOT.mkdir(parents=True, exist_ok=True)
+        paths.CACHE_ROOT.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as packed:
-            packed.extractall(CACHE_ROOT, filter="data")
-        print(f"unpacked: {archive.name} to {CACHE_ROOT}")
+            packed.extractall(paths.CACHE_ROOT, filter="data")
+        print(f"unpacked: {archive.name} to {paths.CACHE_ROOT}")
     found: dict[str, Any] = {}
-    if (KIT_SITE / "triton").is_dir():
-        found["kit_triton"] = _triton_version({**os.environ, "PYTHONPATH": str(KIT_SITE)})
-        found["kit_cache"] = (CACHE_ROOT / f"triton-{found['kit_triton']}").is_dir()
-    if (KIT_SITE / "liger_kernel").is_dir():
-        PEERS_SITE.mkdir(exist_ok=True)
-        for part in KIT_SITE.glob("liger_kernel*"):
-            if not (PEERS_SITE / part.name).exists():
-                (PEERS_SITE / part.name).symlink_to(part)
+    if (paths.KIT_SITE / "triton").is_dir():
+        found["kit_triton"] = _triton_version({**os.environ, "PYTHONPATH": str(paths.KIT_SITE)})
+        found["kit_cache"] = paths.cache_of(found["kit_triton"]).is_dir()
+    if (paths.KIT_SITE / "liger_kernel").is_dir():
+        paths.PEERS_SITE.mkdir(exist_ok=True)
+        for part in paths.KIT_SITE.glob("liger_kernel*"):
+            if not (paths.PEERS_SITE / part.name).exists():
+                (paths.PEERS_SITE / part.name).symlink_to(part)
     return found
 
 

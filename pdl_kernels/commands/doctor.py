@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from pdl_kernels.doctor import environment
+from pdl_kernels.doctor.check import Check, is_right
+from pdl_kernels.files import replace_file
 
 LEGEND = (
     "right: cases; error, torch's: of the plain loss's gradient, against float64, in the 2-norm; worst: of all cases "
@@ -102,8 +107,6 @@ def _write(json_file: str, document: dict[str, Any]) -> None:
     if json_file == "-":
         print(content)
         return
-    from pdl_kernels.files import replace_file
-
     replace_file(json_file, content.encode() + b"\n")
 
 
@@ -111,33 +114,26 @@ def _write(json_file: str, document: dict[str, Any]) -> None:
 # --check
 
 
-def _devices_to_check(name: str | None) -> list[Any]:
-    import torch
-
+def _devices_to_check(name: str | None) -> list[torch.device]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
-    try:
+    device: torch.device | None = None
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = None
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         raise ValueError(f"--device is {name}; accepted here are cpu{''.join(f', cuda:{i}' for i in range(count))}")
     return [torch.device("cuda", device.index or 0) if device.type == "cuda" else device]
 
 
-def _check_device(device: Any, json_file: str | None, vocabularies: list[int], seconds: float) -> bool:
+def _check_device(device: torch.device, json_file: str | None, vocabularies: list[int], seconds: float) -> bool:
     """Whether everything on it is right."""
-    from tqdm import tqdm
-
-    from pdl_kernels.doctor.check import Check, is_right
-
     path = json_file
-    if json_file not in (None, "-") and getattr(device, "index", None):  # more GPUs: a file for each
+    if json_file not in (None, "-") and device.index:  # more GPUs: a file for each
         path = str(Path(json_file).with_suffix(f".{device.index}.json"))
 
     def save(document: dict[str, Any]) -> None:
-        if path is not None and path != "-":
+        if path not in (None, "-"):
             _write(path, document)
 
     # Progress goes to standard error, and the findings to standard output unless that is for JSON.

@@ -6,7 +6,6 @@ case that crashes, or hangs, or breaks the device for its process is a finding; 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ import torch
 from pdl_kernels import backends
 from pdl_kernels.doctor import environment
 from pdl_kernels.doctor.cases import DTYPES, Case, check_cases
+from pdl_kernels.doctor.processes import Watch, kill_group
 
 SCHEMA, VERSION = "pdl-kernels doctor check", 1
 CASE_SECONDS = 120.0  # one case, compilation included; also the start of a process
@@ -190,7 +190,7 @@ class Check:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
             )  # fmt: skip
             self._processes.add(process)
-            watch = _Watch(self.case_seconds, lambda: _kill(process))
+            watch = Watch(self.case_seconds, lambda: kill_group(process))
             try:
                 assert process.stdin is not None
                 assert process.stdout is not None
@@ -206,7 +206,7 @@ class Check:
                 status = process.wait(10)
             finally:
                 watch.stop()
-                _kill(process)
+                kill_group(process)
                 self._processes.discard(process)
             if watch.expired:
                 yield {"died": f"it did not end within {self.case_seconds:.0f} s"}
@@ -220,7 +220,7 @@ class Check:
     def _stop(self) -> None:
         self._stopping = True
         for process in list(self._processes):
-            _kill(process)
+            kill_group(process)
 
 
 def is_right(document: dict[str, Any]) -> bool:
@@ -257,39 +257,6 @@ def _kernels_to_see(device: torch.device, cases: list[Case]) -> set[str]:
         if plans[0].kernel == planner.SINGLE_PASS:
             found.add("single_pass_rows_kernel")
     return found
-
-
-class _Watch:
-    """Calls `expire` when it has not been restarted for so many seconds."""
-
-    def __init__(self, seconds: float, expire: Callable[[], None]) -> None:
-        self.seconds = seconds
-        self.expired = False
-        self._expire = expire
-        self._timer: threading.Timer | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        self.stop()
-        self._timer = threading.Timer(self.seconds, self._end)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _end(self) -> None:
-        self.expired = True
-        self._expire()
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """With everything that it has started, compilers for instance."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs may hold it for good
-        process.wait(10)
 
 
 def _described(status: int) -> str:

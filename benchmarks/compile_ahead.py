@@ -1,6 +1,6 @@
 """Compiles, without a GPU, what a session on one will launch: into Triton's cache, in several processes.
 
-    python -m benchmarks.ahead --cache /tmp/pdl-kernels-cache/triton-3.9.0 --processes 2
+    python -m benchmarks.compile_ahead --cache /tmp/pdl-kernels-cache/triton-3.9.0 --processes 2
 
 What it compiles is what the package's own launcher would launch for `pdl-kernels doctor --check` (whose kernels the
 benchmark of the loss shares) and for the sweep; nothing is launched. Triton finds an entry again if its own version and
@@ -29,9 +29,9 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are defined: inter
 import torch
 import triton
 from tqdm import tqdm
-from triton import knobs
 
 from benchmarks import inputs, sweep
+from benchmarks.gpu_session.paths import cache_of
 from benchmarks.results import write_record
 from benchmarks.roofline.compile import compiled_launches
 from benchmarks.roofline.hardware import HARDWARE
@@ -45,7 +45,6 @@ from pdl_kernels.ops.cross_entropy import empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
 
 TARGET = "sm_90"
-CACHE_ROOT = Path("/tmp/pdl-kernels-cache")  # the same path everywhere, since Triton's entries hold it
 PROCESSES = 16
 PARTS = ("doctor", "sweep")
 
@@ -61,7 +60,7 @@ class Work(NamedTuple):
 
 def default_cache() -> Path:
     """Where this Triton's entries belong."""
-    return CACHE_ROOT / f"triton-{triton.__version__}"
+    return cache_of(triton.__version__)
 
 
 def described_device(target: str = TARGET) -> Device:
@@ -116,20 +115,14 @@ def run_plan(case: inputs.Case, plan: RowLaunch) -> None:
 @contextmanager
 def nothing_launched(target: str = TARGET) -> Iterator[Callable[[], int]]:
     """Within, kernels are compiled for `target`; the function says how many were, and not found in the cache."""
-    compilations = 0
-
-    def count(**what: Any) -> None:
-        nonlocal compilations
-        compilations += not what["cache_hit"]
-
     with (
         compiled_launches(target),
         mock.patch.object(backends, "triton_problem", return_value=None),  # tensors stand in for the device's
         mock.patch.object(operation, "check_targets"),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # there is none for "meta"
-        mock.patch.object(knobs.compilation, "listener", count),
+        sweep.counted_compilations() as compilations,
     ):
-        yield lambda: compilations
+        yield compilations
 
 
 def compile_share(work: list[Work]) -> Iterator[dict[str, Any]]:
@@ -154,7 +147,7 @@ def compile_share(work: list[Work]) -> Iterator[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.ahead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.compile_ahead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, PROCESSES))
@@ -200,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _in_processes(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The records of all shares as they come."""
-    command = [sys.executable, "-m", "benchmarks.ahead", "--cache", str(chosen.cache), "--parts", *chosen.parts]
+    command = [sys.executable, "-m", "benchmarks.compile_ahead", "--cache", str(chosen.cache), "--parts", *chosen.parts]
     if chosen.vocabularies:
         command += ["--vocabularies", *map(str, chosen.vocabularies)]
     if chosen.most is not None:

@@ -29,7 +29,7 @@ def load_script(name):
     module = importlib.util.module_from_spec(specification)
     interpret = os.environ.get("TRITON_INTERPRET")
     specification.loader.exec_module(module)
-    if interpret is not None:  # benchmarks.ahead turns the interpreter off, for its own process
+    if interpret is not None:  # benchmarks.compile_ahead turns the interpreter off, for its own process
         os.environ["TRITON_INTERPRET"] = interpret
     return module
 
@@ -37,7 +37,7 @@ def load_script(name):
 @pytest.mark.timeout(600)
 def test_a_second_process_finds_every_entry(tmp_path):
     cache, report = tmp_path / "cache", tmp_path / "ahead.json"
-    ahead = ["-m", "benchmarks.ahead", "--cache", cache, "--parts", "doctor", "--vocabularies", "1000"]
+    ahead = ["-m", "benchmarks.compile_ahead", "--cache", cache, "--parts", "doctor", "--vocabularies", "1000"]
     run(cache, *ahead, "--processes", 2, "--json", report)
     first = json.loads(report.read_text())
     assert first["compilations"] > 40
@@ -67,7 +67,7 @@ def test_a_second_process_finds_every_entry(tmp_path):
 
 def test_an_existing_cache_is_not_packed(tmp_path, monkeypatch, capsys):
     packing = load_script("compile_for_gpu")
-    monkeypatch.setattr(packing.ahead, "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(packing.compile_ahead, "default_cache", lambda: tmp_path)
     with pytest.raises(SystemExit) as stopped:
         packing.main([str(tmp_path / "folder")])
     assert stopped.value.code == 2
