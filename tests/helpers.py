@@ -18,6 +18,8 @@ INTERPRETED = not torch.cuda.is_available()
 # here, and chance decides whose are smaller. Sums over threads round a few times near 1.
 ONE_ROUNDING = 2.0**-24
 SUM_ROUNDINGS = 6
+# exp2 of 0 or nearly: exact in the interpreter; a GPU's ex2.approx is off by up to 2**-22.5 (PTX ISA).
+EXP2_ERROR = 0.0 if INTERPRETED else 2.0**-22.5
 
 
 class Result(NamedTuple):
@@ -154,7 +156,8 @@ def _like(upstream, loss):
     """`upstream`, a number or a tensor, as a gradient of `loss`."""
     if isinstance(upstream, Tensor):
         return upstream.to(loss.dtype).to(loss.device)
-    return torch.full_like(loss, upstream)
+    # float16 holds no number from 65520 on, and on a GPU full_like says so instead of giving inf.
+    return torch.full_like(loss, upstream, dtype=torch.float64).to(loss.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

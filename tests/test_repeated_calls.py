@@ -62,8 +62,9 @@ def test_a_second_call_works_nothing_out(monkeypatch):
     ],
     ids=lambda options: " ".join(options),
 )
-def test_an_option_is_not_taken_from_another_call(options):
+def test_an_option_is_not_taken_from_another_call(options, device):
     logits, targets, weights = make()
+    options = {name: value.to(device) if name == "token_weights" else value for name, value in options.items()}
     assert_right(logits, targets, weights)
     assert_right(logits, targets, weights, **options)
     assert_right(logits, targets, weights)
@@ -155,7 +156,7 @@ def test_saved_tensors_come_back_with_other_strides_and_offsets(shape):
     targets, weights = torch.randint(40, shape[:-1]), torch.rand(40)
 
     def elsewhere(tensor):
-        memory = torch.empty(2 * tensor.numel() + 1, dtype=tensor.dtype)
+        memory = torch.empty(2 * tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
         moved = memory[1:].view(*tensor.shape, 2)[..., 0] if tensor.dim() else memory[1]
         return moved.copy_(tensor)
 

@@ -42,7 +42,7 @@ def narrow_accesses():
 
 def spills():
     options = launch.row_compile_options
-    launch.row_compile_options = lambda plan, limits_registers: {**options(plan, limits_registers), "maxnreg": 24}
+    launch.row_compile_options = lambda *plan, **softcap: {**options(*plan, **softcap), "maxnreg": 24}
 
 
 def another_disassembler():

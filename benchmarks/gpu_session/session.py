@@ -26,6 +26,7 @@ from pdl_kernels.files import replace_file
 ROOT = Path(__file__).resolve().parents[2]
 MOST_WORKERS = 16
 LEAST_SECONDS = 5.0  # a stage that has less left is not begun
+LAST_WORDS_SECONDS = 3.0  # of a stage whose time is over: from its interruption to its end
 LEAST_REHEARSAL = 150  # seconds of a stage of a rehearsal, which has a slower machine and no call that ends
 TAIL_LINES = 12  # of a failed stage's output, on the terminal
 PASSED = ("passed", "passed again")  # the second: what failed at first passed when it ran again
@@ -142,7 +143,10 @@ class Session:
         return {"name": stage.name, "status": status, "problem": problem, "seconds": round(time.monotonic() - start, 1)}
 
     def _process(self, stage: Stage, command: str, output: Path, end: float) -> int:
-        """Its exit status; TimeoutExpired after its group was killed."""
+        """Its exit status; TimeoutExpired after its group was killed.
+
+        A little before that it is interrupted, on which our programs write and print what they have found.
+        """
         variables, arguments = self._arguments(command)
         with open(output, "ab") as file:
             process = subprocess.Popen(
@@ -150,7 +154,12 @@ class Session:
                 env={**self._environment(stage), **variables}, start_new_session=True,
             )  # fmt: skip
             try:
-                return process.wait(max(end - time.monotonic(), 0.1))
+                return process.wait(max(end - LAST_WORDS_SECONDS - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(end - time.monotonic(), 0.1))
+                raise
             finally:
                 kill_group(process, LEAST_SECONDS)
 

@@ -20,6 +20,7 @@ PYTEST = (
     "{python} -m pytest -q --tb short -p no:benchmark -o cache_dir={work}/pytest --timeout 100 "
     "-p benchmarks.gpu_session.pytest_journal --journal {results}/"
 )
+GPU_TESTS = " ".join(f"tests/test_{name}.py" for name in ("gpu", "autograd", "errors", "frequency", "lessons"))
 DOCTOR = "{python} -m pdl_kernels.cli doctor --check"
 BENCHMARK = "{python} -m benchmarks --no-host --out {results} --rounds 11"
 
@@ -71,8 +72,8 @@ STAGES = (
         correctness=True,
     ),
     Stage(
-        "gpu tests", 30, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
-        f"{PYTEST}gpu-tests.jsonl -m gpu -n 4 tests",
+        "gpu tests", 35, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
+        f"{PYTEST}gpu-tests.jsonl -m gpu -n 4 {GPU_TESTS}",
         f"{PYTEST}gpu-tests.jsonl -m gpu tests/test_gpu.py tests/test_autograd.py",
         correctness=True,
     ),
@@ -95,7 +96,7 @@ STAGES = (
         correctness=True, kit=True,
     ),
     Stage(
-        "repetitions, kit", 12, "Triton 3.9: do 50 runs give the same bits",
+        "repetitions, kit", 15, "Triton 3.9: do 50 runs give the same bits",
         f"{PYTEST}repetitions-kit.jsonl -m gpu tests/test_gpu.py -k fifty",
         f"{PYTEST}repetitions-kit.jsonl -m gpu tests/test_gpu.py -k fifty",
         correctness=True, kit=True,
@@ -121,7 +122,7 @@ STAGES = (
         f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers torch --op forward-backward",
     ),
     Stage(
-        "sanitizer", 20, "out-of-bounds accesses, on the smallest shapes",
+        "sanitizer", 30, "out-of-bounds accesses, on the smallest shapes",
         "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 "
         "{python} -m benchmarks.sanitized_calls --quick",
         "{python} -m benchmarks.sanitized_calls --quick --device cpu",

@@ -71,15 +71,20 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> tuple[int, str]:
-        """Cases of one group share kernels."""
+        """What is reported together."""
         return self.vocab_size, self.dtype
+
+    @property
+    def kernels(self) -> tuple[int, str, str]:
+        """Equal for cases that share kernels, of which each takes seconds to compile."""
+        return *self.group, repr(RECIPES[self.recipe].options)
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.vocab_size} {self.dtype}, {self.recipe}"
 
 
 def check_cases(device: torch.device, vocabularies: Sequence[int] = (), *, interpreted: bool = False) -> list[Case]:
-    """The cases of a device, those of one group side by side.
+    """The cases of a device, those that are reported together side by side.
 
     Args:
         vocabularies: by default VOCABULARIES.

@@ -1,7 +1,7 @@
 """`pdl-kernels doctor --check`: orders to processes, and what they find as one document.
 
-Every case runs in a process of its own group's, several at once on a GPU, where compiling takes most of the time. A
-case that crashes, or hangs, or breaks the device for its process is a finding; the cases after it run in another.
+Cases run in processes of their own, several at once on a GPU, where compiling takes most of the time. A case that
+crashes, or hangs, or breaks the device for its process is a finding; the cases after it run in another.
 """
 
 from __future__ import annotations
@@ -230,14 +230,13 @@ def is_right(document: dict[str, Any]) -> bool:
 
 
 def _shares(cases: list[Case], processes: int) -> list[list[tuple[int, Case]]]:
-    """Numbered cases for each process: whole groups, whose kernels are the same, dealt out in turn."""
-    groups: dict[tuple[int, str], list[tuple[int, Case]]] = {}
+    """Numbered cases for each process: those that share kernels stay together, and shares are about equal."""
+    groups: dict[tuple[int, str, str], list[tuple[int, Case]]] = {}
     for number, case in enumerate(cases):
-        groups.setdefault(case.group, []).append((number, case))
+        groups.setdefault(case.kernels, []).append((number, case))
     shares: list[list[tuple[int, Case]]] = [[] for _ in range(min(processes, len(groups)))]
-    # Long rows take longest: they come first, so that processes with one group more get two short ones.
-    for turn, group in enumerate(sorted(groups.values(), key=lambda group: -group[0][1].vocab_size)):
-        shares[turn % len(shares)].extend(group)
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(shares, key=len).extend(group)
     return shares
 
 

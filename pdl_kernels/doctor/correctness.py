@@ -1,8 +1,9 @@
 """One case of `pdl-kernels doctor --check`: run it, hold it against float64.
 
 A tensor is right if its error, in the maximum norm and in the 2-norm, is at most twice that of torch's own composition
-in the same dtype, plus one rounding of that dtype and 1e-6, both relative to the norm of the float64 result. Twice, and
-one rounding, because chance decides whose rounding is the luckier one, and a fault is off by far more; the test suite,
+in the same dtype, plus one rounding of that dtype and 1e-6, both relative to the norm of the float64 result, and plus
+the dtype's smallest step for every element, which is all that float16 has left of small probabilities. Twice, and one
+rounding, because chance decides whose rounding is the luckier one, and a fault is off by far more; the test suite,
 whose inputs are chosen for it, is stricter. The same call made twice must give the same bits, rows that do not count a
 gradient of exactly 0, and whatever they hold, nan here, must not be read.
 """
@@ -39,17 +40,18 @@ class Outcome(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Of one tensor, absolute, in both norms; and the norms of the float64 result."""
+    """Of one tensor, absolute, in both norms; and the norms of the float64 result, and of as many ones."""
 
     ours: tuple[float, float]  # maximum, 2-norm
     torchs: tuple[float, float]
     norms: tuple[float, float]
+    ones: tuple[float, float]
 
-    def worst_ratio(self, rounding: float) -> float:
-        """The error as a share of what is allowed; `rounding` is relative."""
+    def worst_ratio(self, rounding: float, step: float = 0.0) -> float:
+        """The error as a share of what is allowed; `rounding` is relative, `step` absolute."""
         ratios = []
-        for ours, torchs, norm in zip(self.ours, self.torchs, self.norms, strict=True):
-            allowed = TORCHS_SHARE * torchs + (RELATIVE + rounding) * norm
+        for ours, torchs, norm, ones in zip(self.ours, self.torchs, self.norms, self.ones, strict=True):
+            allowed = TORCHS_SHARE * torchs + (RELATIVE + rounding) * norm + step * ones
             ratios.append(ours / allowed if allowed > 0 else (0.0 if ours == 0 else math.inf))
         return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
 
@@ -77,7 +79,8 @@ def check_case(case: Case, device: torch.device, backend: str) -> dict[str, Any]
     rounding = 2.0 if interpreted() and backend == "triton" else 1.0  # the interpreter truncates bfloat16
     ratios = {}
     for name, (dtype, found) in errors.items():
-        ratios[name] = found.worst_ratio(rounding * torch.finfo(dtype).eps / 2)
+        limits = torch.finfo(dtype)
+        ratios[name] = found.worst_ratio(rounding * limits.eps / 2, limits.smallest_normal * limits.eps)
         if not ratios[name] <= 1:
             problems.append(f"{name}: {ratios[name]:.3g} times the error that is allowed")
     problems += _exact_zeros(problem, second)
@@ -294,15 +297,18 @@ class _Accumulated:
     def __init__(self) -> None:
         self.largest = [0.0] * 3
         self.squares = [0.0] * 3
+        self.elements = 0
 
     def add(self, exact: Tensor, ours: Tensor, torchs: Tensor) -> None:
+        self.elements += exact.numel()
         for number, difference in enumerate((ours.double() - exact, torchs.double() - exact, exact)):
             largest = difference.abs().max().item()
             self.largest[number] = math.nan if math.isnan(largest) else max(self.largest[number], largest)
             self.squares[number] += difference.square().sum().item()
 
     def errors(self) -> Errors:
-        return Errors(*((largest, square**0.5) for largest, square in zip(self.largest, self.squares, strict=True)))
+        norms = ((largest, square**0.5) for largest, square in zip(self.largest, self.squares, strict=True))
+        return Errors(*norms, (1.0, self.elements**0.5))
 
 
 def _errors(exact: Tensor, ours: Tensor, torchs: Tensor) -> Errors:

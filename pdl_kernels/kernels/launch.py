@@ -24,6 +24,9 @@ INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one prog
 
 # exp, log and fused multiply-add are meant to fuse: said here because Triton's default changes with its version.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
+# A capped logit is a product. Where the compiler fuses it with the subtraction that follows, one of two equal logits is
+# rounded and the other is not, and exp(z - z) is not 1. What has to fuse says tl.fma.
+SOFTCAP_OPTIONS = {"enable_fp_fusion": False}
 REDUCE_OPTIONS = {"num_warps": 16, **COMPILE_OPTIONS}  # of the single-program kernels
 
 FORCE_VARIABLE = "PDL_KERNELS_FORCE_KERNEL"  # meant for tests: the one kernel that forms losses
@@ -133,7 +136,7 @@ def transforms(options: LossOptions) -> bool:
     return options.softcap is not None or options.logit_scale != 1
 
 
-def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, Any]:
+def row_compile_options(plan: RowLaunch, limits_registers: bool, *, softcap: bool = False) -> dict[str, Any]:
     """Keyword arguments of a row kernel's launch.
 
     Large programs name their limit: left alone, the assembler at times spills to fit more of them than were planned.
@@ -141,7 +144,11 @@ def row_compile_options(plan: RowLaunch, limits_registers: bool) -> dict[str, An
     """
     limit = {"maxnreg": plan.registers} if limits_registers and plan.registers else {}
     cluster = {"num_ctas": plan.ctas} if plan.ctas > 1 else {}
-    return {"num_warps": plan.warps, **cluster, **limit, **COMPILE_OPTIONS}
+    return {"num_warps": plan.warps, **cluster, **limit, **fusion_options(softcap)}
+
+
+def fusion_options(softcap: bool) -> dict[str, Any]:
+    return SOFTCAP_OPTIONS if softcap else COMPILE_OPTIONS
 
 
 class RowCall:
@@ -166,7 +173,7 @@ class RowCall:
             float(options.softcap or 1.0),
             float(options.logit_scale),
         )
-        self.compile_options = row_compile_options(plan, device.limits_registers)
+        self.compile_options = row_compile_options(plan, device.limits_registers, softcap=self.variant.softcap)
         self._gradient_launchers: dict[tuple[int, bool], Launcher] = {}
 
     def loss_rows(
@@ -221,7 +228,8 @@ class RowCall:
     def _merge_launcher(self) -> Launcher:
         slices = self.plan.slices
         numbers = (*self.shape, *self.numbers, slices, next_power_of_two(slices), self.variant)
-        return Launcher(kernels.merge_rows_kernel, (self.rows,), numbers, {"num_warps": 1, **COMPILE_OPTIONS})
+        options = {"num_warps": 1, **fusion_options(self.variant.softcap)}
+        return Launcher(kernels.merge_rows_kernel, (self.rows,), numbers, options)
 
 
 class _LossRows:

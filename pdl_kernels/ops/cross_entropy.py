@@ -240,9 +240,10 @@ class _CrossEntropy(torch.autograd.Function):
         find = _gradient_in_place if ctx.inplace else _gradient
         if not torch.is_grad_enabled():
             return find(ctx, upstream), None
+        logits = ctx.saved_tensors[0]  # before the gradient is written into them in place, after which autograd refuses
         with torch.no_grad():  # create_graph=True
             gradient = find(ctx, upstream)
-        return _RefuseDoubleBackward.apply(gradient, upstream, ctx.saved_tensors[0]), None
+        return _RefuseDoubleBackward.apply(gradient, upstream, logits), None
 
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
