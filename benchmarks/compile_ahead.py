@@ -47,6 +47,7 @@ from pdl_kernels.options import LossInputs, LossOptions
 TARGET = "sm_90"
 PROCESSES = 16
 PARTS = ("doctor", "sweep")
+SWEPT = ("bfloat16", "float32")  # what the session sweeps; float16 is like bfloat16
 
 
 class Work(NamedTuple):
@@ -65,7 +66,8 @@ def default_cache() -> Path:
 
 def described_device(target: str = TARGET) -> Device:
     hardware = HARDWARE[target]
-    return Device(hardware.multiprocessors, hardware.target.warp_size, True, divmod(hardware.target.arch, 10))
+    capability = divmod(hardware.target.arch, 10)
+    return Device(hardware.multiprocessors, hardware.target.warp_size, True, capability, hardware.cache_bytes)
 
 
 def all_work(parts: list[str], vocabularies: list[int] | None = None) -> list[Work]:
@@ -76,7 +78,7 @@ def all_work(parts: list[str], vocabularies: list[int] | None = None) -> list[Wo
         found += [Work(str(case), case.vocab_size, lambda case=case: run_case(case)) for case in cases]
     if "sweep" in parts:
         chosen = sweep.planned_work(
-            ["bfloat16"], vocabularies or list(sweep.VOCABULARIES), [sweep.ROWS[0]], described_device(),
+            list(SWEPT), vocabularies or list(sweep.VOCABULARIES), [sweep.ROWS[0]], described_device(),
             launch.TRITON_VERSION,
         )  # fmt: skip
         found += [

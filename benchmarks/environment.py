@@ -63,13 +63,16 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's short hash, with -dirty if it has changes; outside of one PDL_KERNELS_COMMIT, or "unknown".
+    """What PDL_KERNELS_COMMIT says; else the checkout's short hash, with -dirty if it has changes, or "unknown".
 
-    A copy of the files on another machine, without git's folder, can be told by that variable what it is a copy of.
+    The variable is for a copy of the files on another machine, where git's folder is missing or of another time.
     """
+    told = os.environ.get("PDL_KERNELS_COMMIT")
+    if told:
+        return told
     found = _first_line("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     if found is None:
-        return os.environ.get("PDL_KERNELS_COMMIT", "unknown")
+        return "unknown"
     changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{found}-dirty" if changed else found
 

@@ -1,6 +1,8 @@
 """Calls for compute-sanitizer, which runs them a hundred times slower: few, small, and of every kind.
 
 compute-sanitizer --tool memcheck python -m benchmarks.sanitized_calls [--quick] [--device cpu]
+
+A profiler takes one shape of them, or any other: --shape ROWS VOCABULARY.
 """
 
 import argparse
@@ -18,10 +20,12 @@ EVERY_OPTION = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0, "logit_
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.sanitized_calls", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the smallest shapes alone")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("ROWS", "VOCABULARY"), help="this one alone")
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     chosen = parser.parse_args()
     backend = "triton" if chosen.device == "cuda" else "auto"
-    for rows, vocab_size in QUICK_SHAPES if chosen.quick else SHAPES:
+    shapes = [tuple(chosen.shape)] if chosen.shape else QUICK_SHAPES if chosen.quick else SHAPES
+    for rows, vocab_size in shapes:
         for options in ({}, {"reduction": "none"}, EVERY_OPTION):
             logits = torch.randn(rows, vocab_size, device=chosen.device, dtype=torch.bfloat16, requires_grad=True)
             targets = torch.randint(vocab_size, (rows,), device=chosen.device)

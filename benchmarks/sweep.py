@@ -2,10 +2,11 @@
 
     python -m benchmarks.sweep --out benchmarks/results/h200/sweep.json        on a GPU, in less than 10 minutes
 
-For every shape and dtype: the planner's own choice, the two-pass kernel, and the twenty best by benchmarks.ranking of
-the rows held on chip by clusters of 1 to 16 blocks of 4 to 16 warps with several limits on registers. Shapes come in
-the order of their value. One JSON record per candidate, written as they come; a table of the best ones against the
-planner's choice at the end. Ctrl-C and the end of the time keep what was measured.
+For every shape and dtype: the planner's own choice; the two-pass kernel with 8 to 32 warps and 2 to 8 vectors in
+flight per thread; and the twenty best by benchmarks.ranking of the rows held on chip by clusters of 1 to 16 blocks of 4
+to 16 warps with several limits on registers. Shapes come in the order of their value. One JSON record per candidate,
+written as they come; a table of the best ones against the planner's choice at the end. Ctrl-C and the end of the time
+keep what was measured.
 
 Compiling is most of the time: benchmarks.compile_ahead does it beforehand, in several processes. Each record has the
 number of kernels that were compiled for it all the same, and the seconds of its first launch, apart from those of the
@@ -52,8 +53,10 @@ CLUSTERS = (1, 2, 4, 8, 16)
 REGISTERS = {2: (80, 96, 112, 128, 168, 192), 4: (96, 112, 128, 168, 192)}  # by bytes per logit
 MOST_COLUMNS = {2: 256, 4: 128}  # of a thread
 FEWEST_COLUMNS = 32
+TWO_PASS_SHAPES = tuple((warps, unroll) for warps in (8, 16, 32) for unroll in (2, 4, 8))
+TWO_PASS_THREADS = (1024, 2048)  # that a multiprocessor holds: the limits on registers
 MOST_CANDIDATES = 20  # of a shape, beside the planner's own
-ROUNDS = 7
+WARM_UP, ROUNDS = 2, 7
 SAVE_EVERY = 2.0  # seconds
 CANDIDATE_SECONDS = 30.0  # at most, compilation included: up to 25 on two slow cores
 
@@ -61,13 +64,33 @@ CANDIDATE_SECONDS = 30.0  # at most, compilation included: up to 25 on two slow 
 def candidates(
     case: Case, device: Device, triton_version: tuple[int, int], most: int | None = MOST_CANDIDATES
 ) -> list[RowLaunch]:
-    """The planner's choices first, then the best others by `ranking`, at most so many; None for all of them."""
+    """The planner's choices, then those that read twice, then the best others by `ranking`, at most so many, if any."""
     head = case.vocab_size % (planner.VECTOR_BYTES // case.itemsize) != 0
     planned = planner.plan_loss_and_gradient(
         case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head
     )
-    others = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
-    return planned + ranked(hardware_of(device), others, case.vocab_size, case.itemsize)[:most]
+    held = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
+    twice = [plan for plan in _two_passes(case, device, planned[-1]) if plan not in planned]
+    found = twice + ranked(hardware_of(device), held, case.vocab_size, case.itemsize)
+    return planned + (found if most is None else found[: min(most, 1) * len(twice) + most])
+
+
+def _two_passes(case: Case, device: Device, planned: RowLaunch) -> list[RowLaunch]:
+    """Other shapes of the kernel that reads a row twice; none where few rows are sliced."""
+    found: list[RowLaunch] = []
+    if device.warp_size != 32 or planned.slices > 1:
+        return found
+    vector = planner.VECTOR_BYTES // case.itemsize
+    for warps, unroll in TWO_PASS_SHAPES:
+        lanes = warps * device.warp_size
+        tiles = -(-case.vocab_size // (lanes * unroll * vector))
+        for threads in TWO_PASS_THREADS:
+            if lanes <= threads and tiles > 1:
+                registers = planner.REGISTER_FILE // threads
+                found.append(
+                    planned._replace(lanes=lanes, unroll=unroll, warps=warps, registers=registers, slice_tiles=tiles)
+                )
+    return found
 
 
 def _held_rows(case: Case, device: Device, triton_version: tuple[int, int], head: bool) -> list[RowLaunch]:
@@ -154,6 +177,8 @@ def time_candidate(
                 if launch.was_refused(plan, launch.device_of(inputs.logits.device)):
                     problem = "cannot be compiled"
                 else:
+                    for _ in range(WARM_UP):
+                        stopwatch(run)
                     for _ in range(ROUNDS):
                         seconds.append(stopwatch(run))
         except Exception as error:  # a launch that the device refuses, such as a cluster of 16, is a result

@@ -27,10 +27,21 @@ def test_candidates_start_with_the_planners_choice_and_hold_whole_rows(vocab_siz
     assert found[:2] == planner.plan_loss_and_gradient(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
     assert [plan.kernel for plan in found[:2]] == [SINGLE_PASS, TWO_PASSES]
     assert len(found) == len(set(found)) > 4
+    vector = 16 // case.itemsize
     for plan in found[2:]:
-        assert plan.kernel == SINGLE_PASS
-        assert plan.chunks * plan.lanes * (16 // case.itemsize) >= vocab_size
         assert plan.warps * 32 * plan.registers <= 65536, "one block of threads fits on a multiprocessor"
+        if plan.kernel == SINGLE_PASS:
+            assert plan.chunks * plan.lanes * vector >= vocab_size
+        else:
+            assert plan.kernel == TWO_PASSES
+            assert (plan.slices, plan.lanes) == (1, plan.warps * 32)
+            assert plan.slice_tiles * plan.unroll * plan.lanes * vector >= vocab_size
+    assert {plan.warps for plan in found if plan.kernel == TWO_PASSES} >= {8, 16}
+
+
+def test_rows_that_are_sliced_are_not_tried_with_other_shapes_of_whole_rows():
+    found = sweep.candidates(Case(3, 128256, "bfloat16"), H200, (3, 9))
+    assert [plan.kernel for plan in found if plan.kernel != SINGLE_PASS] == [planner.SLICES]
 
 
 def test_older_tritons_are_not_asked_for_clusters():
@@ -111,9 +122,12 @@ def test_at_most_twenty_beside_the_planners(vocab_size, dtype):
     head = vocab_size % (16 // case.itemsize) != 0
     planned = planner.plan_loss_and_gradient(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
     everything = sweep.candidates(case, H200, (3, 9), None)
-    for most in (0, 3, 20):
+    twice = sum(plan.kernel == TWO_PASSES for plan in everything[len(planned) :])
+    assert twice >= 6
+    assert sweep.candidates(case, H200, (3, 9), 0) == planned
+    for most in (3, 20):
         found = sweep.candidates(case, H200, (3, 9), most)
-        assert found == everything[: len(planned) + most], "the best ones, in the same order"
+        assert found == everything[: len(planned) + twice + most], "the best ones, in the same order"
         assert found[: len(planned)] == planned
 
 
@@ -312,7 +326,7 @@ def test_a_shape_that_does_not_fit_is_left_out_aloud(tmp_path, monkeypatch, caps
 
 @pytest.mark.cpu_only(reason="its inputs are on the CPU")
 def test_a_candidate_is_given_up_after_its_time(monkeypatch):
-    """Three launches of half its time: the first and one sample are done, and that sample is kept."""
+    """The first launch, those that warm up and one sample are done, and that sample is kept."""
     inputs = LossInputs(torch.zeros(1, 4, 300), torch.zeros(4, dtype=torch.int64), None, None, None)
     plan = planner.held_row(300, 4, warps=1, ctas=1, registers=None, head=False)
 
@@ -325,7 +339,7 @@ def test_a_candidate_is_given_up_after_its_time(monkeypatch):
     assert slow["problem"] == "TimeoutError: not done after 0.2 seconds"
     assert slow["seconds"] == []
     assert 0.15 < slow["compile_seconds"] < 5
-    enough = timed([0.01, 0.01, 30])
+    enough = timed([0.01] * (2 + sweep.WARM_UP) + [30])
     assert enough["problem"] is None
     assert enough["seconds"] == [1.0]
     fast = timed([0.0] * 20)

@@ -78,8 +78,8 @@ STAGES = (
         correctness=True,
     ),
     Stage(
-        "benchmark", 50, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
-        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --peers torch,torch.compile,liger",
+        "benchmark", 75, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
+        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --op forward,forward-backward",
         f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers torch,liger --op forward",
     ),
     Stage(
@@ -103,22 +103,23 @@ STAGES = (
     ),
     Stage(
         "sweep, kit", 45, "Triton 3.9: is the planner's launch the fastest, clusters of every size",
-        "{python} -m benchmarks.sweep --dtypes bfloat16 --rows 4096 --seconds 34 --out {results}/sweep-kit.json",
+        "{python} -m benchmarks.sweep --dtypes bfloat16 float32 --rows 4096 --seconds 34 "
+        "--out {results}/sweep-kit.json",
         "TRITON_INTERPRET=1 {python} -m benchmarks.sweep --device cpu --dtypes bfloat16 --vocabularies 300 --rows 4 "
         "--candidates 1 --out {results}/sweep-kit.json",
         kit=True,
     ),
     Stage(
         "benchmark, kit", 30, "Triton 3.9: how fast against torch and Liger, upstream gradients 1 and 0.25",
-        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --peers torch,liger "
-        "--op forward-backward,forward-backward-scaled",
+        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} "
+        "--peers torch,liger,quack,flash-attention,fla --op forward-backward,forward-backward-scaled",
         f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers none --op forward",
         kit=True,
     ),
     Stage(
-        "linear", 20, "the loss without logits: time and memory against torch and Liger",
-        f"{BENCHMARK} --device cuda --loss linear --dtypes bf16 --shapes {LINEAR_SHAPE} --peers torch,liger "
-        "--op forward-backward --rounds 5",
+        "linear", 50, "the loss without logits: time and memory against torch and Liger",
+        f"{BENCHMARK} --device cuda --loss linear --dtypes bf16 --shapes {LINEAR_SHAPE} --op forward-backward "
+        "--rounds 5",
         f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers torch --op forward-backward",
     ),
     Stage(
@@ -130,8 +131,8 @@ STAGES = (
     ),
     Stage(
         "profile", 13, "bandwidth, second-level cache hits and stall reasons of one launch",
-        "ncu --set full --force-overwrite --clock-control none -k regex:rows_kernel -c 1 -o {results}/profile "
-        "{python} -m benchmarks.sanitized_calls --quick",
+        "ncu --set full --clock-control none -k regex:rows_kernel -c 2 --kill yes --log-file {results}/profile.txt "
+        "{python} -m benchmarks.sanitized_calls --shape 1056 128256",
         "{python} -m benchmarks.sanitized_calls --quick --device cpu",
         tool="ncu",
     ),

@@ -66,7 +66,8 @@ def compiled_launches(target: str, wanted: Callable[[str], bool] = lambda name: 
 
     nvidia = hardware.target.backend == "cuda"
     capability = divmod(hardware.target.arch, 10) if nvidia else (0, 0)
-    device = Device(hardware.multiprocessors, hardware.target.warp_size, nvidia, capability)
+    cache_bytes = hardware.cache_bytes
+    device = Device(hardware.multiprocessors, hardware.target.warp_size, nvidia, capability, cache_bytes)
     driver.set_active(CompilingDriver(hardware.target, list(HARDWARE).index(target)))
     with (
         mock.patch.object(JITFunction, "run", compile_alone),

@@ -307,8 +307,10 @@ class _Accumulated:
             self.squares[number] += difference.square().sum().item()
 
     def errors(self) -> Errors:
-        norms = ((largest, square**0.5) for largest, square in zip(self.largest, self.squares, strict=True))
-        return Errors(*norms, (1.0, self.elements**0.5))
+        ours, torchs, exact = (
+            (largest, square**0.5) for largest, square in zip(self.largest, self.squares, strict=True)
+        )
+        return Errors(ours, torchs, exact, (1.0, self.elements**0.5))
 
 
 def _errors(exact: Tensor, ours: Tensor, torchs: Tensor) -> Errors:

@@ -85,7 +85,7 @@ def forward(
 def denominators(inputs: LossInputs, options: LossOptions, expected_upstream: float = 1.0) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
     scalars, token_count = _denominators(inputs, options, _rows(inputs, options))
-    scalars[EXPECTED_UPSTREAM] = expected_upstream
+    scalars[EXPECTED_UPSTREAM].fill_(expected_upstream)  # an assignment would wait for a GPU
     return scalars, token_count
 
 

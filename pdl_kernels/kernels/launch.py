@@ -63,7 +63,10 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
     capability = (properties.major, properties.minor) if nvidia else (0, 0)
-    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32), nvidia, capability)
+    return Device(
+        properties.multi_processor_count, getattr(properties, "warp_size", 32), nvidia, capability,
+        getattr(properties, "L2_cache_size", 0),
+    )  # fmt: skip
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -26,12 +26,18 @@ HELD_SHAPES = {
     2: ((4, ((160, 96), (200, 128), (256, 168))),),
     4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
 }
-COMFORTABLE = 200  # columns of a thread: more where no larger cluster exists
+# Columns of a thread: more where no larger cluster exists. On an H100 fewer blocks are faster up to the most that fit:
+# 3034 against 2959 GB/s at 4096 x 32000, bfloat16 (benchmarks/results/nvidia-h100-80gb-hbm3).
+COMFORTABLE, COMFORTABLE_ON_HOPPER = 200, 256
+# A row that is read twice is as good as one that is held while all rows in flight are in the second-level cache. On an
+# H100, bfloat16, clusters gave 4 % less with rows in flight of 65 % of it (V = 128256), and 7 % more at 77 % (151936).
+CACHE_SHARE = 0.7
+REGISTER_FILE = 65536  # of a multiprocessor, in words
 # Statistics or z-loss take a few registers more, and so does everything on sm_100, above all many columns. Which limits
 # spill is a matter of chance: the assembler spills with 148 registers what it holds in 137.
 EXTRA_REGISTERS = 9
 MANY_COLUMNS, EXTRA_FOR_MANY_COLUMNS = 160, 28
-EXTRA_WITHOUT_CLUSTERS = 24  # for z-loss with as many columns as one block must hold
+EXTRA_IN_ONE_BLOCK = 24  # for z-loss with as many columns as one block can hold
 
 
 class Device(NamedTuple):
@@ -41,6 +47,7 @@ class Device(NamedTuple):
     warp_size: int
     limits_registers: bool
     capability: tuple[int, int] = (0, 0)  # of NVIDIA devices
+    cache_bytes: int = 0  # of the second level; 0: not known
 
 
 class RowLaunch(NamedTuple):
@@ -102,8 +109,20 @@ def plan_loss_and_gradient(
         held = plan_held_row(vocab_size, itemsize, device, triton_version, head=head, stats=stats, z_loss=z_loss)
         # Few rows: a cluster each must give every multiprocessor two programs, or else slices fill them better.
         if held is not None and rows * held.ctas >= 2 * device.multiprocessors:
-            found.insert(0, held)
+            cluster = held.ctas > 1
+            near = two_passes.kernel == TWO_PASSES and reads_again_near(two_passes, vocab_size * itemsize, device)
+            if not (cluster and near):
+                found.insert(0, held)
     return found
+
+
+def reads_again_near(plan: RowLaunch, row_bytes: int, device: Device) -> bool:
+    """Whether the second read of rows that are read twice finds them in the second-level cache, as far as is known."""
+    if device.capability[0] != CLUSTER_CAPABILITY[0]:  # not measured elsewhere
+        return False
+    threads = plan.warps * device.warp_size
+    resident = REGISTER_FILE // (threads * (plan.registers or 64))  # programs of a multiprocessor
+    return device.multiprocessors * max(resident, 1) * row_bytes <= CACHE_SHARE * device.cache_bytes
 
 
 def plan_held_row(
@@ -121,17 +140,18 @@ def plan_held_row(
         return None
     clusters = device.capability >= CLUSTER_CAPABILITY and triton_version >= CLUSTER_TRITON
     max_ctas = MAX_CLUSTER if clusters else 1
+    comfortable = COMFORTABLE_ON_HOPPER if device.capability[0] == CLUSTER_CAPABILITY[0] else COMFORTABLE
     for warps, shapes in HELD_SHAPES[itemsize]:
         threads = warps * device.warp_size
-        ctas = min(next_power_of_two(-(-vocab_size // (min(shapes[-1][0], COMFORTABLE) * threads))), max_ctas)
+        ctas = min(next_power_of_two(-(-vocab_size // (min(shapes[-1][0], comfortable) * threads))), max_ctas)
         columns = -(-vocab_size // (ctas * threads))
         registers = next((count for most, count in shapes if columns <= most), None)
         if registers is not None:
             sm_100 = device.capability >= (10, 0)
             if (stats or z_loss or sm_100) and columns <= COMFORTABLE:
                 registers += EXTRA_FOR_MANY_COLUMNS if sm_100 and columns > MANY_COLUMNS else EXTRA_REGISTERS
-            elif z_loss and not clusters and columns > COMFORTABLE:
-                registers += EXTRA_WITHOUT_CLUSTERS
+            elif z_loss and ctas == 1 and columns > COMFORTABLE:
+                registers += EXTRA_IN_ONE_BLOCK
             return held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=registers, head=head)
     return None
 
