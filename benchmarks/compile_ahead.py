@@ -118,7 +118,7 @@ def run_plan(case: inputs.Case, plan: RowLaunch) -> None:
 def nothing_launched(target: str = TARGET) -> Iterator[Callable[[], int]]:
     """Within, kernels are compiled for `target`; the function says how many were, and not found in the cache."""
     with (
-        compiled_launches(target),
+        compiled_launches(target, cache_bytes=HARDWARE[target].cache_bytes),
         mock.patch.object(backends, "triton_problem", return_value=None),  # tensors stand in for the device's
         mock.patch.object(operation, "check_targets"),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # there is none for "meta"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The first nine minutes on a GPU, in order of value: docs/gpu.md.
 #
-#   scripts/gpu_session.sh OUT [KIT]         OUT takes what is found; KIT is a folder of shared/tools/offline-kit's kind
+#   scripts/gpu_session.sh OUT [KIT]         OUT takes what is found; KIT is a folder with install.sh
 #   scripts/gpu_session.sh --list            stages, seconds, and what each answers
 #   scripts/gpu_session.sh --rehearse OUT    every stage, small, on a CPU
 #

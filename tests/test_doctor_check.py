@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdl_kernels.doctor import cases, correctness
+from pdl_kernels.doctor import cases, correctness, worker
 from pdl_kernels.doctor import check as checking
 from pdl_kernels.doctor.cases import RECIPES, Case
 from pdl_kernels.doctor.check import Check, is_right
@@ -149,6 +149,77 @@ def test_shares_are_whole_groups_and_lose_nothing(processes):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which kernels they launch
+
+HELD, SHORT = 262144, 1000  # vocabularies whose rows are held on chip, and not
+KERNELS = {
+    f"{name}_kernel"
+    for name in ("denominators", "gradient_rows", "loss_rows", "merge_rows", "reduce_rows", "scale_rows", "slice_rows")
+}
+
+
+@pytest.fixture
+def stub_h200(monkeypatch):
+    """A function that lets the CPU pass for an H200, with this Triton."""
+    launch = pytest.importorskip("pdl_kernels.kernels.launch", exc_type=ImportError)
+
+    def stub(triton_version=(3, 9)):
+        device = launch.Device(132, 32, True, (9, 0), 50 * 2**20)
+        monkeypatch.setattr(launch, "device_of", lambda _: device)
+        monkeypatch.setattr(launch, "TRITON_VERSION", triton_version)
+
+    return stub
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "triton_version", "kernels"),
+    [
+        (SHORT, (3, 9), KERNELS),
+        (HELD, (3, 9), KERNELS | {"single_pass_rows_kernel"}),
+        (HELD, (3, 6), KERNELS),
+    ],
+)
+def test_the_kernels_to_see_are_those_that_are_planned(stub_h200, vocab_size, triton_version, kernels):
+    stub_h200(triton_version)
+    assert checking._kernels_to_see(CPU, cases.cases_for(132, [vocab_size])) == kernels
+
+
+def check_that_launches(monkeypatch, vocab_size, *kernels):
+    """A finished check of an H200 whose every case was right and launched one of these kernels."""
+
+    def answers(order):
+        for number, _ in enumerate(order["cases"]):
+            yield {"begin": number}
+            launched = [kernels[number % len(kernels)]]
+            yield {"end": number, "record": {"status": "right", "problem": None, "kernels": launched}}
+
+    check = Check(CPU)
+    check.backend, check.interpreted = "triton", False
+    check.cases, check.shapes = cases.cases_for(132, [vocab_size]), []
+    monkeypatch.setattr(check, "_answers", answers)
+    return check.run()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "missing"),
+    [
+        (SHORT, ()),
+        (SHORT, ("merge_rows_kernel", "slice_rows_kernel")),
+        (HELD, ()),
+        (HELD, ("single_pass_rows_kernel",)),
+    ],
+)
+def test_kernels_that_no_case_launched_are_a_problem(monkeypatch, stub_h200, vocab_size, missing):
+    stub_h200()
+    wanted = KERNELS | {"single_pass_rows_kernel"} if vocab_size == HELD else KERNELS
+    launched = sorted(wanted - set(missing))
+    document = check_that_launches(monkeypatch, vocab_size, *launched)
+    assert document["kernels"] == launched
+    assert document["problems"] == [f"kernels that no case launched: {', '.join(missing)}"] * bool(missing)
+    assert is_right(document) == (not missing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Processes that break
 
 
@@ -171,14 +242,18 @@ worker.main()
 """
 
 
-@pytest.fixture
-def _breaking_worker(monkeypatch, tmp_path):
+def replace_worker(monkeypatch, tmp_path, text):
     path = tmp_path / "worker.py"
-    path.write_text(WORKER)
+    path.write_text(text)
     monkeypatch.setattr(checking, "WORKER", (str(path),))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cases, "DTYPES", {"float32": torch.float32})
+
+
+@pytest.fixture
+def _breaking_worker(monkeypatch, tmp_path):
+    replace_worker(monkeypatch, tmp_path, WORKER)
 
 
 @pytest.mark.usefixtures("_breaking_worker")
@@ -198,6 +273,49 @@ def test_a_case_that_crashes_hangs_or_breaks_the_device_is_a_finding():
     assert not is_right(document)
     assert len(saved) >= len(RECIPES), "saved as it goes"
     assert json.loads(saved[-1]) == document
+
+
+FAILING_WORKER = """
+import os
+from pdl_kernels.doctor import worker
+def check_case(case, device, backend):
+    with open({log!r}, "a") as log:
+        print(os.getpid(), case.recipe, file=log)
+    raise RuntimeError({message!r})
+worker.check_case = check_case
+worker.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "processes"),
+    [("CUDA error: an illegal memory access was encountered", 3), ("shapes do not fit", 1)],
+)
+def test_after_an_error_of_the_device_the_next_case_has_another_process(monkeypatch, tmp_path, message, processes):
+    log = tmp_path / "log"
+    replace_worker(monkeypatch, tmp_path, FAILING_WORKER.format(log=str(log), message=message))
+    check = Check(CPU, [130])
+    check.cases, check.shapes = check.cases[:3], []
+    document = check.run()
+    tried = [line.split(" ", 1) for line in log.read_text().splitlines()]
+    assert [recipe for _, recipe in tried] == [case.recipe for case in check.cases]
+    assert len({process for process, _ in tried}) == processes
+    assert [case["number"] for case in document["cases"]] == [0, 1, 2]
+    assert {case["problem"] for case in document["cases"]} == {f"RuntimeError: {message}"}
+
+
+@pytest.mark.parametrize(
+    ("message", "fatal"),
+    [
+        ("CUDA error: device-side assert triggered", True),
+        ("HIP error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("shapes do not fit", False),
+    ],
+)
+def test_errors_after_which_a_process_can_launch_nothing(message, fatal):
+    assert worker.is_fatal(RuntimeError(message)) == fatal
 
 
 @pytest.mark.usefixtures("_breaking_worker")

@@ -14,7 +14,16 @@ SMS = 132
 
 @pytest.mark.parametrize(
     ("vocab_size", "itemsize", "warps"),
-    [(1, 2, 1), (1000, 2, 1), (2048, 2, 2), (32000, 2, 8), (50257, 2, 16), (128256, 2, 32), (262144, 2, 32)],
+    [
+        (1, 2, 1),
+        (1000, 2, 1),
+        (2048, 2, 2),
+        (20000, 2, 8),
+        (32000, 2, 16),
+        (32000, 4, 32),
+        (50257, 2, 16),
+        (128256, 2, 32),
+    ],
 )
 def test_two_passes_keep_few_rows_in_flight(vocab_size, itemsize, warps):
     plan = planner.plan_rows(4096, vocab_size, itemsize, SMS, two_passes=True)

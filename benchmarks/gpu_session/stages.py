@@ -8,6 +8,7 @@ NAME=VALUE sets a variable.
 from typing import NamedTuple
 
 LIMIT = 540  # seconds of all stages together: a call on a lent machine takes ten minutes at most
+# Limits of stages: what they took on an H100 with 16 cores on 2026-11-27, and some more.
 VOCABULARIES = (32000, 128256, 262144)
 SHAPES = ",".join(f"{8192 if size < 200000 else 4096}x{size}" for size in VOCABULARIES)
 LINEAR_SHAPE = "8192x4096x128256"
@@ -53,45 +54,45 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(
-        "prepare", 25, "which GPU, driver and versions; unpacks the kit and the compiled cache",
+        "prepare", 15, "which GPU, driver and versions; unpacks the kit and the compiled cache",
         "{python} -m benchmarks.gpu_session.prepare {work}/facts.json {kit}",
         "{python} -m benchmarks.gpu_session.prepare --rehearsal {work}/facts.json {kit}",
         correctness=True,
     ),
     Stage(
-        "doctor", 75, "is every kernel right, with the Triton that is there; how fast is it",
-        DOCTOR + " --seconds 55 --json {results}/doctor.json",
+        "doctor", 65, "is every kernel right, with the Triton that is there; how fast is it",
+        DOCTOR + " --seconds 50 --json {results}/doctor.json",
         DOCTOR + " --device cpu --vocabulary 1000 --json {results}/doctor.json",
         correctness=True,
     ),
     Stage(
-        "suite", 150, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
+        "suite", 130, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
         f"{PYTEST}suite.jsonl -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
         f"{PYTEST}suite.jsonl -m 'not gpu' tests/test_repeated_calls.py -k option",
         again=f"{PYTEST}suite.jsonl -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
         correctness=True,
     ),
     Stage(
-        "gpu tests", 35, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
+        "gpu tests", 40, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
         f"{PYTEST}gpu-tests.jsonl -m gpu -n 4 {GPU_TESTS}",
         f"{PYTEST}gpu-tests.jsonl -m gpu tests/test_gpu.py tests/test_autograd.py",
         correctness=True,
     ),
     Stage(
-        "benchmark", 75, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
+        "benchmark", 60, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
         f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --op forward,forward-backward",
         f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers torch,liger --op forward",
     ),
     Stage(
-        "compile", 20, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
+        "compile", 15, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
         "{python} -m benchmarks.compile_ahead --cache {cache} --processes {workers}",
         "TRITON_INTERPRET=0 {python} -m benchmarks.compile_ahead --cache {work}/cache --processes 2 --most 3 "
         "--vocabularies 9000",
         kit=True,
     ),
     Stage(
-        "doctor, kit", 40, "Triton 3.9: is every kernel right, clusters included",
-        DOCTOR + " --seconds 30 --json {results}/doctor-kit.json",
+        "doctor, kit", 35, "Triton 3.9: is every kernel right, clusters included",
+        DOCTOR + " --seconds 25 --json {results}/doctor-kit.json",
         DOCTOR + " --device cpu --vocabulary 130 --json {results}/doctor-kit.json",
         correctness=True, kit=True,
     ),
@@ -102,8 +103,8 @@ STAGES = (
         correctness=True, kit=True,
     ),
     Stage(
-        "sweep, kit", 45, "Triton 3.9: is the planner's launch the fastest, clusters of every size",
-        "{python} -m benchmarks.sweep --dtypes bfloat16 float32 --rows 4096 --seconds 34 "
+        "sweep, kit", 25, "Triton 3.9: is the planner's launch the fastest, clusters of every size",
+        "{python} -m benchmarks.sweep --dtypes bfloat16 float32 --rows 4096 --seconds 18 "
         "--out {results}/sweep-kit.json",
         "TRITON_INTERPRET=1 {python} -m benchmarks.sweep --device cpu --dtypes bfloat16 --vocabularies 300 --rows 4 "
         "--candidates 1 --out {results}/sweep-kit.json",
@@ -117,20 +118,20 @@ STAGES = (
         kit=True,
     ),
     Stage(
-        "linear", 50, "the loss without logits: time and memory against torch and Liger",
+        "linear", 45, "the loss without logits: time and memory against torch and Liger",
         f"{BENCHMARK} --device cuda --loss linear --dtypes bf16 --shapes {LINEAR_SHAPE} --op forward-backward "
         "--rounds 5",
         f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers torch --op forward-backward",
     ),
     Stage(
-        "sanitizer", 30, "out-of-bounds accesses, on the smallest shapes",
+        "sanitizer", 35, "out-of-bounds accesses, on the smallest shapes",
         "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 "
         "{python} -m benchmarks.sanitized_calls --quick",
         "{python} -m benchmarks.sanitized_calls --quick --device cpu",
         correctness=True, tool="compute-sanitizer",
     ),
     Stage(
-        "profile", 13, "bandwidth, second-level cache hits and stall reasons of one launch",
+        "profile", 15, "bandwidth, second-level cache hits and stall reasons of one launch",
         "ncu --set full --clock-control none -k regex:rows_kernel -c 2 --kill yes --log-file {results}/profile.txt "
         "{python} -m benchmarks.sanitized_calls --shape 1056 128256",
         "{python} -m benchmarks.sanitized_calls --quick --device cpu",

@@ -49,8 +49,13 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def compiled_launches(target: str, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[list[Launch]]:
-    """Within, the launcher sees a device of `target`; the launches of `wanted` kernels are compiled and collected."""
+def compiled_launches(
+    target: str, wanted: Callable[[str], bool] = lambda name: True, *, cache_bytes: int = 0
+) -> Iterator[list[Launch]]:
+    """Within, the launcher sees a device of `target`; the launches of `wanted` kernels are compiled and collected.
+
+    `cache_bytes` of the second level is not known by default: then the planner holds every row on chip that fits.
+    """
     launches: list[Launch] = []
     hardware = HARDWARE[target]
     run = JITFunction.run
@@ -66,7 +71,6 @@ def compiled_launches(target: str, wanted: Callable[[str], bool] = lambda name: 
 
     nvidia = hardware.target.backend == "cuda"
     capability = divmod(hardware.target.arch, 10) if nvidia else (0, 0)
-    cache_bytes = hardware.cache_bytes
     device = Device(hardware.multiprocessors, hardware.target.warp_size, nvidia, capability, cache_bytes)
     driver.set_active(CompilingDriver(hardware.target, list(HARDWARE).index(target)))
     with (

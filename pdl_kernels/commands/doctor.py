@@ -177,6 +177,8 @@ def _show_check(document: dict[str, Any], console: Console) -> None:
         if case["status"] != "right":
             where = f"{case['rows']} x {case['vocab_size']} {case['dtype']}, {case['recipe']}"
             console.print(Text(f"{case['status']}: {where}: {case['problem']}", style="bold red"), soft_wrap=True)
+    for note in document["notes"]:
+        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
     for problem in document["problems"]:
         console.print(Text(f"problem: {problem}", style="bold red"), soft_wrap=True)
     right = sum(case["status"] == "right" for case in found)

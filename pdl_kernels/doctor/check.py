@@ -72,12 +72,17 @@ class Check:
             "device": str(device),
             "backend": self.backend,
             "problems": [f"the Triton backend cannot run: {problem}"] if wants_triton and problem else [],
+            "notes": [],  # what was not looked at
             "kernels": [],
             "cases": [],
             "copy_bytes_per_second": None,
             "speed": [],
             "installation": environment.report(),
         }
+        if not wants_triton:
+            self.document["notes"].append(
+                "this is the eager backend; the Triton kernels run on a GPU, or, interpreted, with TRITON_INTERPRET=1"
+            )
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[str]] = set()
@@ -129,8 +134,9 @@ class Check:
         """These cases one after the other, in as many processes as it takes."""
         while cases:
             if self._stopping or time.monotonic() > self.deadline:
+                reason = "it was interrupted" if self._stopping else "the time was over"
                 for number, case in cases:
-                    self._record(number, case, {"status": "not run", "problem": "the time was over"})
+                    self._record(number, case, {"status": "not run", "problem": reason})
                 return
             begun = done = 0
             died = None
@@ -166,8 +172,15 @@ class Check:
 
     def _measure(self) -> None:
         """In one process, alone on the device, after the kernels have been compiled."""
-        if not self.shapes or time.monotonic() > self.deadline:
-            return
+        if self.shapes and time.monotonic() <= self.deadline:
+            self._time_shapes()
+        missing = len(self.shapes) - len(self.document["speed"])
+        if missing and time.monotonic() > self.deadline:
+            self.document["notes"].append(
+                f"{missing} of {len(self.shapes)} shapes were not timed: the time was over (--seconds)"
+            )
+
+    def _time_shapes(self) -> None:
         for answer in self._answers({"shapes": [list(shape) for shape in self.shapes]}):
             if "copy" in answer:
                 self.document["copy_bytes_per_second"] = answer["copy"]

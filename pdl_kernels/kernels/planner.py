@@ -30,8 +30,10 @@ HELD_SHAPES = {
 # 3034 against 2959 GB/s at 4096 x 32000, bfloat16 (benchmarks/results/nvidia-h100-80gb-hbm3).
 COMFORTABLE, COMFORTABLE_ON_HOPPER = 200, 256
 # A row that is read twice is as good as one that is held while all rows in flight are in the second-level cache. On an
-# H100, bfloat16, clusters gave 4 % less with rows in flight of 65 % of it (V = 128256), and 7 % more at 77 % (151936).
+# H100, bfloat16, clusters gave 4 % less with rows in flight of 65 % of it (V = 128256), and 7 % more at 77 % (151936);
+# one block gave 2 % less at V = 32000, the shortest rows that were measured, and takes ten times as long to compile.
 CACHE_SHARE = 0.7
+SHORTEST_MEASURED = 64000  # bytes of a row
 REGISTER_FILE = 65536  # of a multiprocessor, in words
 # Statistics or z-loss take a few registers more, and so does everything on sm_100, above all many columns. Which limits
 # spill is a matter of chance: the assembler spills with 148 registers what it holds in 137.
@@ -109,16 +111,15 @@ def plan_loss_and_gradient(
         held = plan_held_row(vocab_size, itemsize, device, triton_version, head=head, stats=stats, z_loss=z_loss)
         # Few rows: a cluster each must give every multiprocessor two programs, or else slices fill them better.
         if held is not None and rows * held.ctas >= 2 * device.multiprocessors:
-            cluster = held.ctas > 1
             near = two_passes.kernel == TWO_PASSES and reads_again_near(two_passes, vocab_size * itemsize, device)
-            if not (cluster and near):
+            if not near:
                 found.insert(0, held)
     return found
 
 
 def reads_again_near(plan: RowLaunch, row_bytes: int, device: Device) -> bool:
     """Whether the second read of rows that are read twice finds them in the second-level cache, as far as is known."""
-    if device.capability[0] != CLUSTER_CAPABILITY[0]:  # not measured elsewhere
+    if device.capability[0] != CLUSTER_CAPABILITY[0] or row_bytes < SHORTEST_MEASURED:
         return False
     threads = plan.warps * device.warp_size
     resident = REGISTER_FILE // (threads * (plan.registers or 64))  # programs of a multiprocessor
@@ -202,11 +203,11 @@ def plan_rows(
     unroll = 4 if unit_stride else 1
     row_bytes = vocab_size * itemsize
     # 1024 threads fit on a multiprocessor at 64 registers each. One row a program, so more warps a program means fewer
-    # rows in flight: about 4 up to 64 KB, 2 up to 128 KB, 1 beyond, which keeps the rows in flight on an H200 under 40
-    # of its 50 MB of second-level cache (a model of the cache, not measured on a GPU yet).
+    # rows in flight, which the second read should find in the second-level cache: 4, 2 or 1. On an H100 the best were 2
+    # for rows of 64000 and 100514 bytes, and 1 for 128000 and more (benchmarks/results/nvidia-h100-80gb-hbm3).
     max_warps = 8
     if two_passes:
-        max_warps = 8 if row_bytes <= 80 * 1024 else 16 if row_bytes <= 160 * 1024 else 32
+        max_warps = 8 if row_bytes <= 40 * 1024 else 16 if row_bytes <= 112 * 1024 else 32
     # Streaming the weights too, or a load per column, take twice the registers, hence at most half the threads.
     heavy = smoothing or not unit_stride or not vectors
     max_warps = min(max_warps, (512 if heavy else 1024) // warp_size)
