@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3.12}
-if ! command -v "$python" >/dev/null; then
-    echo "scripts/test_oldest.sh: there is no $python; install Python 3.12, or set PYTHON" >&2
+if ! "$python" --version >/dev/null 2>&1; then  # it may be there and not work: a shim of pyenv
+    echo "scripts/test_oldest.sh: $python does not run; install Python 3.12, or set PYTHON" >&2
     exit 2
 fi
 venv=${VENV:-.venv-oldest}
