@@ -16,7 +16,7 @@ worth less the closer the memory is to its limit.
 The instructions were counted in machine code of Triton 3.9 for sm_90, bfloat16: 390 to 480 of a thread where nothing
 spills, the branch of rows that do not count included. The assembler takes all registers up to the limit, or all but
 one; whether it spills, only compiling shows, and the model ranks a launch that spills as if it did not. The latency is
-an assumption, 3 to 4.5 microseconds. Nothing was timed.
+an assumption, 3 to 4.5 microseconds.
 """
 
 import math

@@ -47,7 +47,7 @@ def draw():
             3.35,
             width,
             1.4,
-            f"{name}: 128 threads\n125 columns each,\nheld in registers;\nmax, sum of exp",
+            f"{name}: 128 threads\n148 columns each,\nheld in registers;\nmax, sum of exp",
             CHIP,
         )
         box(axis, x, 1.15, width, 0.75, "scale * exp(z - max)\nof the same columns", CHIP)
@@ -56,7 +56,7 @@ def draw():
         arrow(axis, (middle, 2.33), (middle, 1.93))
         arrow(axis, (middle, 1.13), (middle, 0.73))
     axis.text(
-        0.4, 5.86, "V = 128256, bfloat16: a cluster of 8 blocks, 4 bytes moved per logit", fontsize=10, weight="bold"
+        0.4, 5.86, "V = 151936, bfloat16: a cluster of 8 blocks, 4 bytes moved per logit", fontsize=10, weight="bold"
     )
     return figure
 

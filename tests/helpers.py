@@ -1,5 +1,6 @@
 """Inputs, the two yardsticks (float64 and torch's own composition) and the error criterion."""
 
+import os
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -158,6 +159,17 @@ def _like(upstream, loss):
         return upstream.to(loss.dtype).to(loss.device)
     # float16 holds no number from 65520 on, and on a GPU full_like says so instead of giving inf.
     return torch.full_like(loss, upstream, dtype=torch.float64).to(loss.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+
+
+def inherited(**more):
+    """The environment without what this run of pytest has set in it."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    own.pop("TRITON_INTERPRET", None)
+    return {**own, **more}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

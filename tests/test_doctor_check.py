@@ -310,6 +310,7 @@ def test_after_an_error_of_the_device_the_next_case_has_another_process(monkeypa
         ("CUDA error: device-side assert triggered", True),
         ("HIP error: an illegal memory access was encountered", True),
         ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [HIP]: Code: 1, Messsage: invalid argument", True),
         ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
         ("shapes do not fit", False),
     ],
@@ -336,7 +337,42 @@ def test_the_time_ends_in_the_middle_of_a_process(monkeypatch):
     document = check.run()
     status = [case["status"] for case in document["cases"]]
     assert status == ["right"] + ["not run"] * (len(status) - 1)
+    assert {case["problem"] for case in document["cases"][1:]} == {"the time was over"}
     assert document["speed"] == []
+    assert "3 of 3 shapes were not timed: the time was over (--seconds)" in document["notes"]
+
+
+def test_times_that_end_early_are_said(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check = Check(CPU, [130], seconds=1e9)
+    steps = iter(range(1, 1000))
+
+    def later(step):
+        if next(steps) == len(check.cases) + 1:  # the first shape
+            check.deadline = 0.0
+
+    check.progress = later
+    document = check.run()
+    assert len(document["speed"]) == 1
+    assert "2 of 3 shapes were not timed: the time was over (--seconds)" in document["notes"]
+    assert is_right(document), "times are no part of the verdict"
+
+
+def test_an_interruption_is_not_taken_for_the_end_of_the_time(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check = Check(CPU, [130])
+
+    def interrupted(steps):
+        check._stop()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check.run()
+    check.progress = lambda steps: None
+    check._check([(1, check.cases[1])])
+    assert check.document["cases"][-1]["problem"] == "it was interrupted"
+    assert not check.document["complete"]
 
 
 def test_a_worker_that_cannot_start_is_a_finding(monkeypatch):
@@ -369,6 +405,7 @@ def test_the_command_checks_times_and_writes_json(tmp_path):
     done = command("--check", "--device", "cpu", "--vocabulary", "200", "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "48 of 48 cases right" in done.stdout
+    assert "note: this is the eager backend; the Triton kernels run on a GPU" in done.stdout
     document = json.loads(path.read_text())
     assert document["complete"]
     assert is_right(document)

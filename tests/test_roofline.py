@@ -25,6 +25,7 @@ from benchmarks.roofline.machine import (
     parse_sass,
 )
 from benchmarks.roofline.walks import ExpectedWalk, Walk, match_walks
+from pdl_kernels.kernels.launcher import TRITON_VERSION
 
 ROOT = Path(__file__).parents[1]
 # Parts of scale_rows_kernel for float32: a loop that multiplies a vector of 4 columns, which on sm_90 the assembler
@@ -280,7 +281,7 @@ def test_filters_and_json(tmp_path):
         for walk in walks:
             assert walk["elements"] == walk["tiles"] * variant["variant"]["vector"] * variant["variant"]["unroll"]
             assert walk["instructions_per_element"] == walk["instructions"] / walk["elements"]
-            assert 3.5 < walk["instructions_per_element"] < 7
+            assert 3.5 < walk["instructions_per_element"] < (7 if TRITON_VERSION >= (3, 9) else 10)
         if variant["model"]:
             assert variant["model"]["binds"] in ("memory", "issue", "MUFU")
             assert 0 < variant["model"]["fraction"] <= 1

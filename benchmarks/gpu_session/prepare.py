@@ -9,16 +9,21 @@ scripts/compile_for_gpu.py. Exit status: 0; 1 without a usable GPU, or where som
 import argparse
 import importlib.util
 import json
+import lzma
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_session import paths
 
 OLDEST_CAPABILITY = (8, 0)
+# An archive that was cut off or damaged raises the last two.
+UNPACKING_ERRORS = (OSError, subprocess.SubprocessError, tarfile.TarError, EOFError, lzma.LZMAError)
 
 
 def gpu_facts() -> dict[str, Any]:
@@ -46,9 +51,7 @@ def unpack(kit: Path) -> dict[str, Any]:
     if (kit / "install.sh").exists():
         subprocess.run(["bash", str(kit / "install.sh"), str(kit)], check=True)
     for archive in sorted(kit.glob("compiled-*.tar.xz")):
-        paths.CACHE_ROOT.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive) as packed:
-            packed.extractall(paths.CACHE_ROOT, filter="data")
+        _extract(archive, paths.CACHE_ROOT)
         print(f"unpacked: {archive.name} to {paths.CACHE_ROOT}")
     found: dict[str, Any] = {}
     if (paths.KIT_SITE / "triton").is_dir():
@@ -60,6 +63,16 @@ def unpack(kit: Path) -> dict[str, Any]:
             if not (paths.PEERS_SITE / part.name).exists():
                 (paths.PEERS_SITE / part.name).symlink_to(part)
     return found
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    """The archive's folders into `folder`, all of them or none: Triton would take half a cache for a whole one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as whole, tarfile.open(archive) as packed:
+        packed.extractall(whole, filter="data")
+        for part in Path(whole).iterdir():
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+            part.rename(folder / part.name)
 
 
 def _triton_version(environment: Any) -> str | None:
@@ -84,7 +97,7 @@ def main() -> int:
     if chosen.kit is not None:
         try:
             facts.update(unpack(chosen.kit))
-        except (OSError, subprocess.SubprocessError, tarfile.TarError) as error:
+        except UNPACKING_ERRORS as error:
             print(f"the kit could not be unpacked: {error}")
             facts["kit_problem"] = str(error)
             status = 1

@@ -32,14 +32,19 @@ class Journal:
         self._config = config
         self._path = path
         self._seconds: dict[str, float] = defaultdict(float)
+        self._outcomes: dict[str, str] = {}  # of tests that have not been torn down
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds[report.nodeid] += report.duration
         if report.failed:
             terminal = self._config.pluginmanager.getplugin("terminalreporter")
             terminal.write(f"\nfailed: {report.nodeid}, {report.when}\n{report.longreprtext}\n", flush=True)
-        if report.failed or report.skipped or report.when == "call":
-            self._write(name=report.nodeid, outcome=report.outcome, seconds=round(self._seconds[report.nodeid], 2))
+        if not report.passed:
+            self._outcomes[report.nodeid] = report.outcome
+        if report.when in ("setup", "call"):
+            return
+        outcome = self._outcomes.pop(report.nodeid, "passed")  # a test whose process died has no teardown, but a report
+        self._write(name=report.nodeid, outcome=outcome, seconds=round(self._seconds.pop(report.nodeid), 2))
 
     def _write(self, **what: Any) -> None:
         with open(self._path, "a") as file:

@@ -74,7 +74,7 @@ def examine(case: Case, device: torch.device, backend: str) -> tuple[dict[str, A
 
 def is_fatal(error: Exception) -> bool:
     """Whether the process can launch nothing more: CUDA keeps reporting such an error."""
-    return "CUDA error" in str(error) or "HIP error" in str(error) or "Triton Error [CUDA]" in str(error)
+    return any(said in str(error) for said in ("CUDA error", "HIP error", "Triton Error [CUDA]", "Triton Error [HIP]"))
 
 
 if __name__ == "__main__":
