@@ -26,12 +26,13 @@ HELD_SHAPES = {
     2: ((4, ((160, 96), (200, 128), (256, 168))),),
     4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
 }
-# Columns of a thread: more where no larger cluster exists. On an H100 fewer blocks are faster up to the most that fit:
-# 3034 against 2959 GB/s at 4096 x 32000, bfloat16 (benchmarks/results/nvidia-h100-80gb-hbm3).
+# Columns of a thread: more where no larger cluster exists. On an H100 fewer blocks are faster in bfloat16:
+# 2945 GB/s with 4 against 2905 with 8 at 4096 x 128256, bfloat16 (benchmarks/results/nvidia-h100-80gb-hbm3/sweep.json).
 COMFORTABLE, COMFORTABLE_ON_HOPPER = 200, 256
 # A row that is read twice is as good as one that is held while all rows in flight are in the second-level cache. On an
-# H100, bfloat16, clusters gave 4 % less with rows in flight of 65 % of it (V = 128256), and 7 % more at 77 % (151936);
-# one block gave 2 % less at V = 32000, the shortest rows that were measured, and takes ten times as long to compile.
+# H100, bfloat16, clusters gave 3 % less with rows in flight of 65 % of it (V = 128256), and 7 % more at 77 % (151936);
+# one block gave 2 % less at V = 32000, the shortest rows that were measured, and takes 8 s to compile instead of 1
+# (benchmarks/results/cpu/compile-ahead-3.6.0.json).
 CACHE_SHARE = 0.7
 SHORTEST_MEASURED = 64000  # bytes of a row
 REGISTER_FILE = 65536  # of a multiprocessor, in words
