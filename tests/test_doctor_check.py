@@ -91,6 +91,24 @@ def test_what_is_wrong_is_found(monkeypatch, spoil, message):
     assert message in found["problem"]
 
 
+def test_the_smallest_steps_of_float16_are_no_fault():
+    """A gradient of 1e-7 has nothing else left: seen on a GPU, where torch's rounding was the luckier one."""
+    step = 2.0**-24
+    exact = torch.full((9, 130), 1.4 * step, dtype=torch.float64)
+
+    def share(ours, dtype):
+        errors = correctness._errors(exact, (ours * step).to(dtype), exact)
+        limits = torch.finfo(dtype)
+        return errors.worst_ratio(limits.eps / 2, limits.smallest_normal * limits.eps)
+
+    nearest = torch.ones(9, 130, dtype=torch.float64)
+    assert share(nearest, torch.float16) < 1
+    assert share(nearest, torch.float32) > 1, "float32 has smaller steps"
+    assert share(3 * nearest, torch.float16) > 1
+    nearest[0, 0] = 3
+    assert share(nearest, torch.float16) > 1, "one element, in the maximum norm"
+
+
 def test_wrong_statistics_are_found(monkeypatch):
     real = correctness.pdl_cross_entropy
 
