@@ -385,6 +385,8 @@ def _problem(chosen: argparse.Namespace) -> str | None:
         return "--device cpu is for rehearsals under TRITON_INTERPRET=1"
     if chosen.device == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU, and interpreted kernels have no speed"
+    if chosen.device == "cuda" and interpreted():
+        return "TRITON_INTERPRET=1 is set: interpreted kernels have no speed; unset it"
     if chosen.out.exists():
         return f"--out {chosen.out} exists; name another file"
     return None

@@ -118,11 +118,13 @@ def test_registers_grow_with_what_is_asked():
     assert planner.plan_held_row(151936, 2, B200, (3, 9)).registers == more
 
 
-def test_z_loss_in_one_block_takes_more_registers():
-    plain = planner.plan_held_row(32000, 2, A100, (3, 9))
-    assert planner.plan_held_row(32000, 2, A100, (3, 9), stats=True) == plain
+@pytest.mark.parametrize("device", [A100, H100])
+def test_z_loss_in_one_block_takes_more_registers(device):
+    plain = planner.plan_held_row(32000, 2, device, (3, 9))
+    assert plain.ctas == 1
+    assert planner.plan_held_row(32000, 2, device, (3, 9), stats=True) == plain
     more = plain.registers + planner.EXTRA_IN_ONE_BLOCK
-    assert planner.plan_held_row(32000, 2, A100, (3, 9), z_loss=True).registers == more
+    assert planner.plan_held_row(32000, 2, device, (3, 9), z_loss=True).registers == more
 
 
 def test_many_columns_take_more_registers_on_sm_100():

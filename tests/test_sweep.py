@@ -55,10 +55,19 @@ def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.cpu_only(reason="kernels are interpreted on a CPU alone")
+def test_interpreted_kernels_are_not_timed_for_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sweep.main(["--out", str(tmp_path / "sweep.json")]) == 2
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def _stubbed_gpu(monkeypatch):
     """The interpreter stands for the GPU, and a counter for its clock."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep, "interpreted", lambda: False)
     monkeypatch.setattr(torch, "device", lambda name: torch.empty(0).device)
     clock = iter(range(1, 10**6))
 
