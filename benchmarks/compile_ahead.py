@@ -33,18 +33,18 @@ from tqdm import tqdm
 from benchmarks import inputs, sweep
 from benchmarks.gpu_session.paths import cache_of
 from benchmarks.results import write_record
-from benchmarks.roofline.compile import compiled_launches
-from benchmarks.roofline.hardware import HARDWARE
+from benchmarks.roofline.compile import compiled_launches, described_device
 from pdl_kernels import backends
 from pdl_kernels.doctor import correctness
 from pdl_kernels.doctor.cases import RECIPES, Case, cases_for
 from pdl_kernels.kernels import launch
-from pdl_kernels.kernels.planner import Device, RowLaunch
+from pdl_kernels.kernels.planner import RowLaunch
 from pdl_kernels.ops import cross_entropy as operation
 from pdl_kernels.ops.cross_entropy import empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
 
 TARGET = "sm_90"
+DEVICE = described_device(TARGET, cache_known=True)
 PROCESSES = 16
 PARTS = ("doctor", "sweep")
 SWEPT = ("bfloat16", "float32")  # what the session sweeps; float16 is like bfloat16
@@ -64,21 +64,15 @@ def default_cache() -> Path:
     return cache_of(triton.__version__)
 
 
-def described_device(target: str = TARGET) -> Device:
-    hardware = HARDWARE[target]
-    capability = divmod(hardware.target.arch, 10)
-    return Device(hardware.multiprocessors, hardware.target.warp_size, True, capability, hardware.cache_bytes)
-
-
 def all_work(parts: list[str], vocabularies: list[int] | None = None) -> list[Work]:
     """Everything, what takes longest to compile first."""
     found: list[Work] = []
     if "doctor" in parts:
-        cases = cases_for(described_device().multiprocessors, vocabularies or ())
+        cases = cases_for(DEVICE.multiprocessors, vocabularies or ())
         found += [Work(str(case), case.vocab_size, lambda case=case: run_case(case)) for case in cases]
     if "sweep" in parts:
         chosen = sweep.planned_work(
-            list(SWEPT), vocabularies or list(sweep.VOCABULARIES), [sweep.ROWS[0]], described_device(),
+            list(SWEPT), vocabularies or list(sweep.VOCABULARIES), [sweep.ROWS[0]], DEVICE,
             launch.TRITON_VERSION,
         )  # fmt: skip
         found += [
@@ -115,10 +109,10 @@ def run_plan(case: inputs.Case, plan: RowLaunch) -> None:
 
 
 @contextmanager
-def nothing_launched(target: str = TARGET) -> Iterator[Callable[[], int]]:
-    """Within, kernels are compiled for `target`; the function says how many were, and not found in the cache."""
+def nothing_launched() -> Iterator[Callable[[], int]]:
+    """Within, kernels are compiled for TARGET; the function says how many were, and not found in the cache."""
     with (
-        compiled_launches(target, cache_bytes=HARDWARE[target].cache_bytes),
+        compiled_launches(TARGET, cache_known=True),
         mock.patch.object(backends, "triton_problem", return_value=None),  # tensors stand in for the device's
         mock.patch.object(operation, "check_targets"),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # there is none for "meta"

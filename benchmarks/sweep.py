@@ -71,8 +71,9 @@ def candidates(
     )
     held = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
     twice = [plan for plan in _two_passes(case, device, planned[-1]) if plan not in planned]
-    found = twice + ranked(hardware_of(device), held, case.vocab_size, case.itemsize)
-    return planned + (found if most is None else found[: min(most, 1) * len(twice) + most])
+    if most == 0:
+        return planned
+    return planned + twice + ranked(hardware_of(device), held, case.vocab_size, case.itemsize)[:most]
 
 
 def _two_passes(case: Case, device: Device, planned: RowLaunch) -> list[RowLaunch]:

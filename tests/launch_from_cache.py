@@ -27,14 +27,14 @@ def main() -> None:
     driver.set_active(StubbedDriver(HARDWARE[compile_ahead.TARGET].target))
     backends.triton_problem = lambda device, dtype: None
     operation.check_targets = lambda *_: None
-    launch.device_of = lambda device: compile_ahead.described_device()
+    launch.device_of = lambda device: compile_ahead.DEVICE
     found = {True: 0, False: 0}
 
     def count(**what) -> None:
         found[what["cache_hit"]] += 1
 
     knobs.compilation.listener = count
-    for case in cases_for(compile_ahead.described_device().multiprocessors, [vocab_size]):
+    for case in cases_for(compile_ahead.DEVICE.multiprocessors, [vocab_size]):
         if case.dtype == dtype:
             recipe = RECIPES[case.recipe]
             problem = correctness.make_problem(case, torch.device("cpu"))

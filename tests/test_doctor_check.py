@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import inherited
 
 from pdl_kernels.doctor import cases, correctness, worker
 from pdl_kernels.doctor import check as checking
@@ -409,11 +410,10 @@ def test_a_worker_that_cannot_start_is_a_finding(monkeypatch):
 
 
 def command(*arguments, **environment):
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "pdl_kernels.cli", "doctor", *arguments],
         capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        env=inherited(PYTHONPATH=str(ROOT), **environment),
     )  # fmt: skip
 
 

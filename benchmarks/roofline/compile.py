@@ -48,14 +48,25 @@ class Launch(NamedTuple):
         return self.compiled.metadata.num_warps
 
 
+def described_device(target: str, *, cache_known: bool) -> Device:
+    """What the planner sees of a device of `target`.
+
+    Args:
+        cache_known: of an unknown second-level cache the planner expects nothing: it holds every row that fits on chip.
+    """
+    hardware = HARDWARE[target]
+    nvidia = hardware.target.backend == "cuda"
+    return Device(
+        hardware.multiprocessors, hardware.target.warp_size, nvidia,
+        divmod(hardware.target.arch, 10) if nvidia else (0, 0), hardware.cache_bytes if cache_known else 0,
+    )  # fmt: skip
+
+
 @contextmanager
 def compiled_launches(
-    target: str, wanted: Callable[[str], bool] = lambda name: True, *, cache_bytes: int = 0
+    target: str, wanted: Callable[[str], bool] = lambda name: True, *, cache_known: bool = False
 ) -> Iterator[list[Launch]]:
-    """Within, the launcher sees a device of `target`; the launches of `wanted` kernels are compiled and collected.
-
-    `cache_bytes` of the second level is not known by default: then the planner holds every row on chip that fits.
-    """
+    """Within, the launcher sees a device of `target`; the launches of `wanted` kernels are compiled and collected."""
     launches: list[Launch] = []
     hardware = HARDWARE[target]
     run = JITFunction.run
@@ -69,9 +80,7 @@ def compiled_launches(
         named.update((key, value) for key, value in keywords.items() if key in kernel.arg_names)
         launches.append(Launch(name, math.prod(grid), named, compiled))
 
-    nvidia = hardware.target.backend == "cuda"
-    capability = divmod(hardware.target.arch, 10) if nvidia else (0, 0)
-    device = Device(hardware.multiprocessors, hardware.target.warp_size, nvidia, capability, cache_bytes)
+    device = described_device(target, cache_known=cache_known)
     driver.set_active(CompilingDriver(hardware.target, list(HARDWARE).index(target)))
     with (
         mock.patch.object(JITFunction, "run", compile_alone),

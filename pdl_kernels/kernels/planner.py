@@ -14,6 +14,7 @@ KERNELS = (SINGLE_PASS, TWO_PASSES, SLICES)
 # Clusters (num_ctas > 1) whose reductions go through distributed shared memory: on sm_90 and later, from Triton 3.9 on.
 # 3.8 compiles the smaller half of them, 3.6 and 3.7 none.
 CLUSTER_CAPABILITY = (9, 0)
+HOPPER = 9  # the major capability whose choices were measured, on an H100
 HELD_CAPABILITY = (8, 0)  # NVIDIA; not tried elsewhere
 CLUSTER_TRITON = (3, 9)
 MAX_CLUSTER = 8  # programs; 16 exist, but not every device and launch takes them
@@ -27,7 +28,7 @@ HELD_SHAPES = {
     4: ((4, ((64, 96), (128, 168))), (8, ((80, 112), (128, 168)))),
 }
 # Columns of a thread: more where no larger cluster exists. On an H100 fewer blocks are faster in bfloat16:
-# 2945 GB/s with 4 against 2905 with 8 at 4096 x 128256, bfloat16 (benchmarks/results/nvidia-h100-80gb-hbm3/sweep.json).
+# 2945 GB/s with 4 against 2905 with 8 at 4096 x 128256 (benchmarks/results/nvidia-h100-80gb-hbm3/sweep.json).
 COMFORTABLE, COMFORTABLE_ON_HOPPER = 200, 256
 # A row that is read twice is as good as one that is held while all rows in flight are in the second-level cache. On an
 # H100, bfloat16, clusters gave 3 % less with rows in flight of 65 % of it (V = 128256), and 7 % more at 77 % (151936);
@@ -120,7 +121,7 @@ def plan_loss_and_gradient(
 
 def reads_again_near(plan: RowLaunch, row_bytes: int, device: Device) -> bool:
     """Whether the second read of rows that are read twice finds them in the second-level cache, as far as is known."""
-    if device.capability[0] != CLUSTER_CAPABILITY[0] or row_bytes < SHORTEST_MEASURED:
+    if device.capability[0] != HOPPER or row_bytes < SHORTEST_MEASURED:
         return False
     threads = plan.warps * device.warp_size
     resident = REGISTER_FILE // (threads * (plan.registers or 64))  # programs of a multiprocessor
@@ -142,7 +143,7 @@ def plan_held_row(
         return None
     clusters = device.capability >= CLUSTER_CAPABILITY and triton_version >= CLUSTER_TRITON
     max_ctas = MAX_CLUSTER if clusters else 1
-    comfortable = COMFORTABLE_ON_HOPPER if device.capability[0] == CLUSTER_CAPABILITY[0] else COMFORTABLE
+    comfortable = COMFORTABLE_ON_HOPPER if device.capability[0] == HOPPER else COMFORTABLE
     for warps, shapes in HELD_SHAPES[itemsize]:
         threads = warps * device.warp_size
         ctas = min(next_power_of_two(-(-vocab_size // (min(shapes[-1][0], comfortable) * threads))), max_ctas)
