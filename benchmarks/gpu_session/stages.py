@@ -80,7 +80,7 @@ STAGES = (
     ),
     Stage(
         "benchmark", 60, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
-        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES} --op forward,forward-backward",
+        f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES}",
         f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers torch,liger --op forward",
     ),
     Stage(
