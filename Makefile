@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test weights bench roofline lint test-oldest test-triton-3.6 clean
+.PHONY: help demo test test-compiled weights bench roofline lint test-oldest test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes);"
 	@echo "                      OPTIONS='--loss linear' trains with the loss fused with the output layer"
 	@echo "make test             run the tests, with or without a GPU"
+	@echo "make test-compiled    execute the compiled kernels without a GPU (Python >= 3.12, in a second environment)"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
@@ -32,6 +33,10 @@ test:
 	scripts/setup.sh test training cli dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadscope
 
+test-compiled:
+	scripts/setup.sh test races
+	scripts/test_compiled.sh
+
 bench:
 	scripts/setup.sh test benchmark
 	$(VENV)/bin/python -m benchmarks --quick
@@ -53,4 +58,4 @@ test-triton-3.6:
 	scripts/compile_with_old_triton.sh 3.6.0
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .venv-oldest .venv-compiled .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -34,7 +34,7 @@ from benchmarks import inputs, sweep
 from benchmarks.gpu_session.paths import cache_of
 from benchmarks.results import write_record
 from benchmarks.roofline.compile import compiled_launches, described_device
-from pdl_kernels import backends
+from pdl_kernels import backends, functional, linear
 from pdl_kernels.doctor import correctness
 from pdl_kernels.doctor.cases import RECIPES, Case, cases_for
 from pdl_kernels.kernels import launch
@@ -103,7 +103,7 @@ def run_plan(case: inputs.Case, plan: RowLaunch) -> None:
         logits, logits.new_empty(case.rows, dtype=torch.int64), logits.new_empty(case.vocab_size, dtype=torch.float32),
         None, None,
     )  # fmt: skip
-    with mock.patch.object(launch, "loss_plans", return_value=[plan]):
+    with launch.planned_by(lambda *_, **__: [plan]):
         scalars, _ = launch.denominators(given, LossOptions())
         launch.loss_rows(given, LossOptions(), scalars, empty_gradient(logits))
 
@@ -115,6 +115,8 @@ def nothing_launched() -> Iterator[Callable[[], int]]:
         compiled_launches(TARGET, cache_known=True),
         mock.patch.object(backends, "triton_problem", return_value=None),  # tensors stand in for the device's
         mock.patch.object(operation, "check_targets"),
+        mock.patch.object(functional, "is_traced", return_value=False),  # as it is with the device's tensors
+        mock.patch.object(linear, "is_traced", return_value=False),
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # there is none for "meta"
         sweep.counted_compilations() as compilations,
     ):

@@ -63,6 +63,7 @@ class Inputs(NamedTuple):
     sources: tuple[Tensor, ...]  # ((rows, V),) or ((rows, H), (V, H))
     targets: Tensor  # (rows,) int64, IGNORE_INDEX where ignored
     weights: Tensor  # (V,) float32
+    upstream: float = 1.0  # gradient of the loss, which a contender may make use of
 
     @property
     def device(self) -> torch.device:

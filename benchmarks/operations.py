@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import Inputs
-from benchmarks.peers.contender import Contender
+from benchmarks.peers.contender import Contender, Loss
 
 
 class Operation(NamedTuple):
@@ -68,7 +68,7 @@ class Run:
         self.contender = contender
         self.inputs = inputs
         self._scratch = scratch
-        self._loss = contender.build(inputs)
+        self._losses: dict[float, Loss] = {}  # by upstream gradient
         self._upstream: dict[float, Tensor] = {}
 
     def prepare(self, operation: Operation) -> Callable[[], Outcome]:
@@ -78,9 +78,13 @@ class Run:
             sources = tuple(source.detach().requires_grad_(upstream is not None) for source in self.inputs.sources)
         else:
             sources = (self._logits(upstream is not None),)
+        expected = 1.0 if upstream is None else upstream
+        if expected not in self._losses:
+            self._losses[expected] = self.contender.build(self.inputs._replace(upstream=expected))
+        loss = self._losses[expected]
         if upstream is None:
-            return lambda: self._forward(sources)
-        return lambda: self._forward_backward(sources, upstream)
+            return lambda: self._forward(loss, sources)
+        return lambda: self._forward_backward(loss, sources, upstream)
 
     def _logits(self, requires_grad: bool) -> Tensor:
         logits = self.inputs.logits
@@ -92,12 +96,12 @@ class Run:
         leaf = torch.zeros((), dtype=logits.dtype, device=logits.device).expand(logits.shape).requires_grad_()
         return _MadeByAModel.apply(leaf, logits)
 
-    def _forward(self, sources: tuple[Tensor, ...]) -> Outcome:
+    def _forward(self, function: Loss, sources: tuple[Tensor, ...]) -> Outcome:
         with torch.no_grad():
-            return Outcome(self._loss(*sources), ())
+            return Outcome(function(*sources), ())
 
-    def _forward_backward(self, sources: tuple[Tensor, ...], upstream: float) -> Outcome:
-        loss = self._loss(*sources)
+    def _forward_backward(self, function: Loss, sources: tuple[Tensor, ...], upstream: float) -> Outcome:
+        loss = function(*sources)
         if upstream not in self._upstream:  # in the first run, which is not timed
             self._upstream[upstream] = torch.full_like(loss, upstream)
         gradients = torch.autograd.grad(loss, sources, self._upstream[upstream])

@@ -66,9 +66,7 @@ def candidates(
 ) -> list[RowLaunch]:
     """The planner's choices, then those that read twice, then the best others by `ranking`, at most so many, if any."""
     head = case.vocab_size % (planner.VECTOR_BYTES // case.itemsize) != 0
-    planned = planner.plan_loss_and_gradient(
-        case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head
-    )
+    planned = planner.plan_loss(case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head)
     held = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
     twice = [plan for plan in _two_passes(case, device, planned[-1]) if plan not in planned]
     if most == 0:
@@ -163,7 +161,7 @@ def time_candidate(
         launch.loss_rows(inputs, options, scalars, gradient)
 
     with (
-        mock.patch.object(launch, "loss_plans", return_value=[plan]),
+        launch.planned_by(lambda *_, **__: [plan]),
         warnings.catch_warnings(),
         counted_compilations() as compilations,
     ):

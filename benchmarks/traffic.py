@@ -73,12 +73,14 @@ def planned_linear_memory(case: Case, operation: Operation) -> int:
 
 
 def planned_traffic(
-    case: Case, operation: Operation, *, backend: str, inplace: bool, held: bool = False, repeated: bool = True
+    case: Case, operation: Operation, *, backend: str, inplace: bool, held: bool = False, expected: bool = True
 ) -> Traffic:
-    """The plan of `pdl_kernels.ops.cross_entropy`: the gradient is formed in forward, for the last upstream gradient.
+    """The plan of `pdl_kernels.ops.cross_entropy`: the gradient is formed in forward.
 
-    One that is not `repeated` forms it again, from the logits. In place, where the logits are gone, it is formed for 1
-    and multiplied. `held`: the kernel keeps a row on chip between its sum and its gradient.
+    Args:
+        expected: for the upstream gradient of the operation. Otherwise it is formed again from the logits, or, in
+            place, where they are gone, multiplied.
+        held: the kernel keeps a row on chip between its sum and its gradient.
     """
     counted_bytes = case.counted * case.vocab_size * case.itemsize
     read = counted_bytes + case.rows * ROW_BYTES_READ
@@ -95,7 +97,7 @@ def planned_traffic(
     written += case.logits_bytes
     kept = 0 if inplace else case.logits_bytes + case.rows * ROW_STATE_BYTES
     buffers = 0 if inplace else 1
-    if repeated and (operation.upstream == 1 or not inplace):
+    if expected:
         return Traffic(read, reread, written, kept, buffers, logit_reads=walks, gradient_writes=1)
     written += case.logits_bytes
     if inplace:

@@ -93,7 +93,10 @@ def explain_auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def backend_module(backend: str) -> ModuleType:
-    """The module with `forward`, `backward` and `adjust`. Triton is imported only here, and only when it is chosen."""
+    """The module with forward, backward, scale, denominators, loss_rows and reduce_rows.
+
+    Triton is imported only here, and only when it is chosen.
+    """
     if backend == "triton":
         from pdl_kernels.kernels import launch
 

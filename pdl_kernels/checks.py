@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pdl_kernels.backends import BACKENDS
-from pdl_kernels.options import REDUCTIONS, LossOptions
+from pdl_kernels.options import LARGEST_EXPECTED, REDUCTIONS, SMALLEST_EXPECTED, LossOptions
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int32, torch.int64)
@@ -158,28 +158,57 @@ def _check_same_device(name: str, value: Tensor, owner_name: str, owner: Tensor)
         )
 
 
-def check_normalizer(normalizer: float | Tensor | None, reduction: str, device: torch.device) -> Tensor | float | None:
-    """The normalizer as a number, or as a 0-d tensor on `device`, without waiting for a device."""
+def check_normalizer(
+    normalizer: float | Tensor | None, reduction: str, device: torch.device, *, traced: bool = False
+) -> Tensor | float | None:
+    """As a number, or as a 0-d tensor on `device`, without waiting for a device."""
     if normalizer is None:
         return None
     if reduction != "mean":
         raise ValueError(f"normalizer is given with reduction={reduction!r}; accepted is reduction='mean' alone")
     if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(f"normalizer has shape {tuple(normalizer.shape)}; accepted is a number or a 0-d tensor")
-        if normalizer.is_complex():
-            raise TypeError(f"normalizer is {normalizer.dtype}; accepted are real dtypes")
         if normalizer.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("normalizer requires grad; accepted is one that does not: detach it")
-        if normalizer.device.type == "cpu" and device.type != "cpu" and not torch.compiler.is_compiling():
-            return float(normalizer)
-        return normalizer.detach().to(device)
+        _check_scalar("normalizer", normalizer)
+        return moved(normalizer, device) if traced else _scalar_on(device, normalizer)
     _check_real("normalizer", normalizer, "a finite number >= 0 or a 0-d tensor")
     if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer is {normalizer}; accepted are finite numbers >= 0")
-    if torch.compiler.is_compiling():  # operators take tensors, so that another number needs no compilation
-        return torch.full((), normalizer, dtype=torch.float64, device=device)
-    return float(normalizer)
+    return normalizer if traced else float(normalizer)  # an integer that is compiled may be a symbol
+
+
+def check_expected_upstream(value: float | Tensor, device: torch.device, *, traced: bool = False) -> Tensor | float:
+    """The expected upstream gradient as a number, or as a 0-d tensor on `device`, without waiting for a device.
+
+    If `traced`, 1: operators form the gradient in backward, whatever was expected.
+    """
+    if isinstance(value, Tensor):
+        _check_scalar("expected_upstream", value)
+        return 1.0 if traced else _scalar_on(device, value)
+    _check_real("expected_upstream", value, "a finite number other than 0 or a 0-d tensor")
+    if not SMALLEST_EXPECTED <= abs(value) <= LARGEST_EXPECTED:
+        raise ValueError(
+            f"expected_upstream is {value}; accepted are finite numbers other than 0, in float32's range: the number "
+            "that the loss is multiplied by before backward"
+        )
+    return 1.0 if traced else float(value)
+
+
+def _check_scalar(name: str, value: Tensor) -> None:
+    if value.dim() != 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted is a number or a 0-d tensor")
+    if value.is_complex():
+        raise TypeError(f"{name} is {value.dtype}; accepted are real dtypes")
+
+
+def _scalar_on(device: torch.device, value: Tensor) -> Tensor | float:
+    return float(value) if value.device.type == "cpu" and device.type != "cpu" else moved(value, device)
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Detached and on `device`, which is not touched if the value is there: that of a fake tensor need not exist."""
+    value = value.detach()
+    return value if value.device == device else value.to(device)
 
 
 def check_inplace(logits: Tensor) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pdl_kernels import checks
 from pdl_kernels.ops import cross_entropy as operation
-from pdl_kernels.options import ACCURACY, NLL, WEIGHT_SUM, LossStats
+from pdl_kernels.ops.tracing import is_traced, refuse_transforms
+from pdl_kernels.options import ACCURACY, NLL, WEIGHT_SUM, LossInputs, LossStats
 
 
 @overload
@@ -41,6 +42,7 @@ def pdl_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    expected_upstream: float | Tensor = 1.0,
     inplace: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
@@ -84,10 +86,15 @@ def pdl_cross_entropy(
         z_loss: adds z_loss |u_i| lse_i**2, whatever the weights.
         softcap: softcap * tanh(z / softcap), applied after `logit_scale`.
         logit_scale: multiplies the logits, in float32; products beyond the finite range are clamped to it.
+        expected_upstream: a finite number other than 0, or a 0-d tensor on any device, which is not waited for: what
+            the loss will be multiplied by before its backward, as by a loss scale or one over the accumulation steps.
+            Forward forms the gradient for it. Where the upstream gradient turns out to be another, backward forms it
+            again from the logits: never a wrong number. Where a tensor holds 0, inf or nan, 1 is expected. Without
+            effect with reduction="none" and where tensors are traced.
         inplace: the gradient may overwrite the logits. Whoever reads them afterwards reads the gradient; a second
-            backward raises; an upstream gradient other than 1 rounds it a second time, so that float16 with loss
-            scaling loses small gradients. Refused for leaves that require grad, their views, and overlapping elements.
-            Without effect where no gradient is needed, with reduction="none", and under torch.compile.
+            backward raises; an upstream gradient other than the expected one rounds it a second time, so that float16
+            loses small gradients. Refused for leaves that require grad, their views, and overlapping elements. Without
+            effect where no gradient is needed, with reduction="none", and where tensors are traced.
         return_stats: also return `LossStats`: unweighted NLL, accuracy, sum of weights, token count.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager elsewhere and for float64), "triton" or "eager".
 
@@ -101,15 +108,16 @@ def pdl_cross_entropy(
         ValueError: shapes, sizes, devices or options.
         TypeError: dtypes and types.
         IndexError: a target that is neither a class nor `ignore_index`, on CPU. On a GPU it makes the row's loss and
-            gradient nan without waiting for the device; PDL_KERNELS_VALIDATE=1, set before the first call, raises
-            there too.
+            gradient nan without waiting for the device; PDL_KERNELS_VALIDATE=1 raises there too.
         NotImplementedError: `weights`, `token_weights` or `normalizer` require grad.
         RuntimeError: the backend cannot run; a second derivative; a functorch transform.
 
     Cost, in bytes per logit of b bytes: forward reads b; with a gradient it reads b once or twice, the second time
     meant to hit the second-level cache, and writes b. Kept for backward: the gradient and the logits, and 8 bytes a
-    token. Backward is free for the upstream gradient that the last backward on this device met; in place, for 1.
-    Another value costs one more read and write.
+    token. Backward is free for the expected upstream gradient; another one costs one more read and write.
+
+    Traced tensors (torch.compile, torch.export, FakeTensorMode, make_fx, torch.jit.trace, FlopCounterMode, meta
+    tensors) meet two operators, "pdl_kernels::cross_entropy" and its backward, which mutate nothing.
 
     >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
     >>> loss = pdl_cross_entropy(logits, torch.tensor([0, 1]), torch.tensor([1.0, 3.0]))
@@ -130,14 +138,15 @@ def pdl_cross_entropy(
         backend=backend,
     )
     checks.check_tensors(logits, targets, weights, token_weights)
-    denominator = checks.check_normalizer(normalizer, reduction, logits.device)
+    traced = is_traced(logits, targets, weights, token_weights)
+    denominator = checks.check_normalizer(normalizer, reduction, logits.device, traced=traced)
+    expected = checks.check_expected_upstream(expected_upstream, logits.device, traced=traced)
     if not torch.compiler.is_compiling():
-        operation.refuse_transforms("pdl_cross_entropy", logits)
-        if inplace and logits.requires_grad and torch.is_grad_enabled():
-            checks.check_inplace(logits)
-    loss, scalars, token_count = operation.cross_entropy(
-        logits, targets, weights, token_weights, denominator, options, backend, inplace
-    )
+        refuse_transforms("pdl_cross_entropy", logits)
+    if inplace and not traced and logits.requires_grad and torch.is_grad_enabled():
+        checks.check_inplace(logits)
+    inputs = LossInputs(logits, targets, weights, token_weights, denominator, expected)
+    loss, scalars, token_count = operation.cross_entropy(inputs, options, backend, inplace=inplace, traced=traced)
     if not return_stats:
         return loss
     assert scalars is not None
@@ -147,4 +156,6 @@ def pdl_cross_entropy(
 
 def stats_of(scalars: Tensor, token_count: Tensor) -> LossStats:
     scalars = scalars.detach().clone()  # backward reads the others: changing a statistic must not reach them
-    return LossStats(scalars[NLL], scalars[ACCURACY], scalars[WEIGHT_SUM], token_count.detach())
+    # Indexing would ask for the device of a fake tensor, which need not exist.
+    nll, accuracy, weight_sum = (scalars.select(0, number) for number in (NLL, ACCURACY, WEIGHT_SUM))
+    return LossStats(nll, accuracy, weight_sum, token_count.detach())

@@ -8,7 +8,7 @@ from torch import Tensor
 from pdl_kernels import checks, linear_checks
 from pdl_kernels.functional import stats_of
 from pdl_kernels.ops import linear_cross_entropy as operation
-from pdl_kernels.ops.cross_entropy import refuse_transforms
+from pdl_kernels.ops.tracing import is_traced, refuse_transforms
 from pdl_kernels.options import LinearInputs, LossStats
 
 
@@ -63,6 +63,7 @@ def pdl_linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    expected_upstream: float | Tensor = 1.0,
     return_stats: bool = False,
     chunk_size: int | None = None,
     accumulate_dtype: torch.dtype = torch.float32,
@@ -81,13 +82,14 @@ def pdl_linear_cross_entropy(
         targets: (...) int32 or int64 class indices.
         weights, token_weights, ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale,
             return_stats, backend: see `pdl_cross_entropy`.
+        expected_upstream: see `pdl_cross_entropy`. Another upstream gradient multiplies the waiting gradients.
         bias: (V,), of the same dtype.
         chunk_size: tokens whose logits exist at a time. None chooses from the shape alone: chunks of at most 64 MiB or
             a quarter of the weight's float32 gradient, whichever is more, and at least 128 tokens. Results depend on it
             by rounding only.
         accumulate_dtype: in which the gradients of `lm_head_weight`, `bias` and `hidden` are summed and wait for
             backward. With the dtype of the products (say, bfloat16) they take half the memory of float32, each chunk
-            rounds once more, and so does an upstream gradient other than 1 or a power of two.
+            rounds once more, and so does an upstream gradient other than the expected one.
         compact: leave tokens that contribute nothing (ignored, token weight 0, or class weight 0 without smoothing,
             z_loss and statistics) out of the products, which reads two numbers back from the device, at once. None does
             so except during CUDA graph capture; False never does.
@@ -136,11 +138,13 @@ def pdl_linear_cross_entropy(
         options=options,
     )
     linear_checks.check_linear_tensors(hidden, lm_head_weight, targets, bias, weights, token_weights)
-    denominator = checks.check_normalizer(normalizer, reduction, hidden.device)
-    seed_tensor = linear_checks.check_seed(seed, linear.row_sampling, hidden.device)
+    traced = is_traced(hidden, lm_head_weight, bias, targets, weights, token_weights)
+    denominator = checks.check_normalizer(normalizer, reduction, hidden.device, traced=traced)
+    expected = checks.check_expected_upstream(expected_upstream, hidden.device, traced=traced)
+    seed_tensor = linear_checks.check_seed(seed, linear.row_sampling, hidden)
     if not torch.compiler.is_compiling():
         refuse_transforms("pdl_linear_cross_entropy", hidden)
         refuse_transforms("pdl_linear_cross_entropy", lm_head_weight)
     inputs = LinearInputs(hidden, lm_head_weight, bias, targets, weights, token_weights, seed_tensor)
-    outputs = operation.linear_cross_entropy(inputs, denominator, options, linear, backend)
+    outputs = operation.linear_cross_entropy(inputs, denominator, expected, options, linear, backend, traced=traced)
     return (outputs.loss, stats_of(outputs.scalars, outputs.token_count)) if return_stats else outputs.loss

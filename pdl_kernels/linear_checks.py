@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pdl_kernels import checks
+from pdl_kernels.ops.tracing import autocast_dtype
 from pdl_kernels.options import LinearOptions, LossOptions
 
 ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -61,7 +62,7 @@ def check_linear_tensors(
             raise TypeError(f"{name} is a {type(value).__name__}; accepted is a torch.Tensor")
     if hasattr(hidden, "device_mesh"):
         raise TypeError("hidden is a DTensor; accepted is a plain tensor: .to_local() or .full_tensor()")
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = autocast_dtype(hidden.device) is not None
     accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.LOGITS_DTYPES)
     for name, value in (("hidden", hidden), ("lm_head_weight", lm_head_weight)):
         if value.dtype not in checks.LOGITS_DTYPES:
@@ -70,10 +71,13 @@ def check_linear_tensors(
         raise ValueError(f"lm_head_weight has shape {tuple(lm_head_weight.shape)}; accepted is (V, H) with V >= 1")
     vocab_size, hidden_size = lm_head_weight.shape
     if hidden.dim() == 0 or hidden.shape[-1] != hidden_size:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and lm_head_weight {tuple(lm_head_weight.shape)}; accepted is "
-            f"hidden of shape (..., {hidden_size})"
-        )
+        shapes = f"hidden has shape {tuple(hidden.shape)} and lm_head_weight {tuple(lm_head_weight.shape)}"
+        if hidden.dim() > 0 and hidden.shape[-1] == vocab_size:
+            raise ValueError(
+                f"{shapes}, which is transposed; accepted is lm_head_weight of shape (V, H), as torch.nn.Linear has "
+                f"it, here (V, {vocab_size}): pass lm_head_weight.T"
+            )
+        raise ValueError(f"{shapes}; accepted is hidden of shape (..., {hidden_size})")
     parameters = [("lm_head_weight", lm_head_weight)]
     if bias is not None:
         _check_parameter("bias", bias)
@@ -121,8 +125,8 @@ def _check_parameter(name: str, value: Any) -> None:
         )
 
 
-def check_seed(seed: Any, row_sampling: float, device: torch.device) -> Tensor | None:
-    """The seed as a 0-d tensor on `device`; None where no row is sampled. Without one, torch's generator draws it."""
+def check_seed(seed: Any, row_sampling: float, hidden: Tensor) -> Tensor | None:
+    """The seed as a 0-d tensor like `hidden`; None where no row is sampled. Without one, torch's generator draws it."""
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.is_complex():
             raise ValueError(f"seed has shape {tuple(seed.shape)}, {seed.dtype}; accepted is a number or a 0-d tensor")
@@ -130,8 +134,9 @@ def check_seed(seed: Any, row_sampling: float, device: torch.device) -> Tensor |
         raise ValueError(f"seed is {seed!r}; accepted is a finite number or a 0-d tensor")
     if row_sampling == 0:
         return None
+    # Made from `hidden`, so that it is fake where hidden is, outside of the fake tensors' mode too.
     if seed is None:
-        return torch.randint(2**31, (), device=device)
+        return torch.randint_like(hidden.new_empty((), dtype=torch.int64), 2**31)
     if isinstance(seed, Tensor):
-        return seed.detach().to(device)
-    return torch.full((), seed, dtype=torch.float64, device=device)
+        return checks.moved(seed, hidden.device)
+    return hidden.new_full((), seed, dtype=torch.float64)

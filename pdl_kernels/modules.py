@@ -20,8 +20,8 @@ class _WeightedLoss(nn.Module):
 
     def __init__(self, weights: Tensor | None, normalizer: float | Tensor | None, options: dict[str, Any]) -> None:
         super().__init__()
-        here = normalizer.device if isinstance(normalizer, Tensor) else torch.device("cpu")
-        checks.check_normalizer(normalizer, options["reduction"], here)
+        checks.check_normalizer(normalizer, options["reduction"], _home(normalizer))
+        checks.check_expected_upstream(options["expected_upstream"], _home(options["expected_upstream"]))
         if weights is not None:
             checks.check_weight_table(weights)
             weights = weights.detach().to(torch.float32, copy=True)
@@ -37,9 +37,25 @@ class _WeightedLoss(nn.Module):
             self.weights = before.to(self.weights.device)
         return self
 
+    def _options_of_call(
+        self, normalizer: float | Tensor | None, expected_upstream: float | Tensor | None
+    ) -> dict[str, Any]:
+        """All options, these two as they were given here if a call does not give them."""
+        options = {"normalizer": self.normalizer, **self.options}
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        if expected_upstream is not None:
+            options["expected_upstream"] = expected_upstream
+        return options
+
     def extra_repr(self) -> str:
         size = "None" if self.weights is None else f"({self.weights.shape[0]},)"
         return ", ".join([f"weights={size}", *(f"{name}={value!r}" for name, value in self.options.items())])
+
+
+def _home(value: Any) -> torch.device:
+    """Where a check leaves it as it is."""
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")
 
 
 class PDLCrossEntropyLoss(_WeightedLoss):
@@ -48,11 +64,12 @@ class PDLCrossEntropyLoss(_WeightedLoss):
     Args:
         weights: (V,) floating, one weight per vocabulary entry, or None for 1. Kept as a float32 buffer that follows
             `.to(device)`, stays float32 under `.half()`, `.bfloat16()` and `.to(dtype)`, and stays out of checkpoints.
-        ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, inplace, return_stats,
-            backend: the options of `pdl_cross_entropy`, checked here.
+        ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, expected_upstream, inplace,
+            return_stats, backend: the options of `pdl_cross_entropy`, checked here.
 
-    `forward(logits, targets, token_weights=None, normalizer=None)` takes (..., V) logits and (...) targets and returns
-    what `pdl_cross_entropy` returns. `normalizer` may be given here or per call; the call wins.
+    `forward(logits, targets, token_weights=None, normalizer=None, expected_upstream=None)` takes (..., V) logits and
+    (...) targets and returns what `pdl_cross_entropy` returns. `normalizer` and `expected_upstream` may be given here
+    or per call; the call wins.
 
     >>> criterion = PDLCrossEntropyLoss(torch.tensor([1.0, 3.0]), reduction="token_mean")
     >>> round(criterion(torch.tensor([[2.0, 0.0]]), torch.tensor([1])).item(), 4)
@@ -70,6 +87,7 @@ class PDLCrossEntropyLoss(_WeightedLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        expected_upstream: float | Tensor = 1.0,
         inplace: bool = False,
         return_stats: bool = False,
         backend: str = "auto",
@@ -87,7 +105,9 @@ class PDLCrossEntropyLoss(_WeightedLoss):
             "backend": backend,
         }
         checks.check_options(**loss_options)  # type: ignore[arg-type]
-        super().__init__(weights, normalizer, {**loss_options, "inplace": inplace})
+        super().__init__(
+            weights, normalizer, {**loss_options, "expected_upstream": expected_upstream, "inplace": inplace}
+        )
 
     def forward(
         self,
@@ -95,12 +115,10 @@ class PDLCrossEntropyLoss(_WeightedLoss):
         targets: Tensor,
         token_weights: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        expected_upstream: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        if normalizer is None:
-            normalizer = self.normalizer
-        return pdl_cross_entropy(
-            logits, targets, self.weights, token_weights=token_weights, normalizer=normalizer, **self.options
-        )
+        options = self._options_of_call(normalizer, expected_upstream)
+        return pdl_cross_entropy(logits, targets, self.weights, token_weights=token_weights, **options)
 
 
 class PDLLinearCrossEntropyLoss(_WeightedLoss):
@@ -108,11 +126,13 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
 
     Args:
         weights: as in `PDLCrossEntropyLoss`.
-        ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, return_stats, chunk_size,
-            accumulate_dtype, compact, row_sampling, backend: the options of `pdl_linear_cross_entropy`, checked here.
+        ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, expected_upstream,
+            return_stats, chunk_size, accumulate_dtype, compact, row_sampling, backend: the options of
+            `pdl_linear_cross_entropy`, checked here.
 
-    `forward(hidden, lm_head_weight, targets, bias=None, token_weights=None, normalizer=None, seed=None)` takes (..., H)
-    hidden states, the (V, H) weight and (...) targets and returns what `pdl_linear_cross_entropy` returns.
+    `forward(hidden, lm_head_weight, targets, bias=None, token_weights=None, normalizer=None, expected_upstream=None,
+    seed=None)` takes (..., H) hidden states, the (V, H) weight and (...) targets and returns what
+    `pdl_linear_cross_entropy` returns.
 
     >>> criterion = PDLLinearCrossEntropyLoss(torch.tensor([1.0, 3.0]), reduction="token_mean")
     >>> head = torch.nn.Linear(4, 2)
@@ -131,6 +151,7 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        expected_upstream: float | Tensor = 1.0,
         return_stats: bool = False,
         chunk_size: int | None = None,
         accumulate_dtype: torch.dtype = torch.float32,
@@ -158,7 +179,9 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
         }
         checked = checks.check_options(**loss_options)  # type: ignore[arg-type]
         linear_checks.check_linear_options(**linear_options, options=checked)
-        super().__init__(weights, normalizer, {**loss_options, **linear_options})
+        super().__init__(
+            weights, normalizer, {**loss_options, "expected_upstream": expected_upstream, **linear_options}
+        )
 
     def forward(
         self,
@@ -168,11 +191,10 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
         bias: Tensor | None = None,
         token_weights: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        expected_upstream: float | Tensor | None = None,
         seed: int | float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        if normalizer is None:
-            normalizer = self.normalizer
+        options = self._options_of_call(normalizer, expected_upstream)
         return pdl_linear_cross_entropy(
-            hidden, lm_head_weight, targets, self.weights,
-            bias=bias, token_weights=token_weights, normalizer=normalizer, seed=seed, **self.options,
-        )  # fmt: skip
+            hidden, lm_head_weight, targets, self.weights, bias=bias, token_weights=token_weights, seed=seed, **options
+        )

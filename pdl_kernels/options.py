@@ -54,7 +54,8 @@ class LossInputs(NamedTuple):
     targets: Tensor  # (N,)
     weights: Tensor | None  # (V,)
     token_weights: Tensor | None  # (N,)
-    normalizer: Tensor | float | None  # (), on the logits' device
+    normalizer: Tensor | float | None = None  # (), on the logits' device
+    expected_upstream: Tensor | float = 1.0  # (), on the logits' device; a number is finite and not 0
 
     @property
     def rows(self) -> int:
@@ -111,9 +112,9 @@ SCALARS = (
     "nll",
     "accuracy",
     "weight_sum",
-    "expected_upstream",  # the upstream gradient that forward forms the gradient for
+    "expected_upstream",  # the upstream gradient that forward forms the gradient for, neither 0, infinite nor nan
 )
 INVERSE_DENOMINATOR, INVERSE_Z_DENOMINATOR, WEIGHT_TOTAL, NLL, ACCURACY, WEIGHT_SUM, EXPECTED_UPSTREAM = range(7)
 
-# Magnitudes of upstream gradients to expect again: world sizes, accumulation steps, loss scales. After others 1 is.
-SMALLEST_EXPECTED, LARGEST_EXPECTED = 2.0**-24, 2.0**24
+# Magnitudes that can be divided by in float32. Where a tensor holds another as the expected upstream gradient, 1 is.
+SMALLEST_EXPECTED, LARGEST_EXPECTED = 2.0**-126, 3.4028234663852886e38

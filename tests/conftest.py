@@ -1,5 +1,7 @@
 """What every test shares: the interpreter where there is no GPU, seeds, the two backends."""
 
+import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -12,6 +14,12 @@ import torch
 # Triton reads this when the kernels are defined, so it must be set before anything imports them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+EXECUTED = "ttsem" in sys.modules  # compiled kernels are executed on a CPU by ttsem: see executed_kernels.py
+if EXECUTED:
+    import executed_kernels
+
+    executed_kernels.complete_the_stand_in()
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -45,13 +53,16 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Tests run on a GPU where there is one; what only one of the two kinds of device can show is marked."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available()  # ttsem says so too
     for item in items:
         only_cpu = item.get_closest_marker("cpu_only")
+        needs_driver = item.get_closest_marker("needs_driver")
         if only_cpu is not None and on_gpu:
             item.add_marker(pytest.mark.skip(reason=f"only without a GPU: {only_cpu.kwargs['reason']}"))
-        elif item.get_closest_marker("gpu") and not on_gpu:
+        elif item.get_closest_marker("gpu") and (EXECUTED or not on_gpu):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        elif needs_driver is not None and EXECUTED:
+            item.add_marker(pytest.mark.skip(reason=f"ttsem cannot do it: {needs_driver.kwargs['reason']}"))
 
 
 @pytest.fixture(autouse=True)
@@ -72,26 +83,16 @@ def backend(request):
 
 
 @pytest.fixture
-def force_kernel(monkeypatch):
-    """A function that lets Triton form losses with the kernel of this name, for this test."""
-    from pdl_kernels.ops import repeated_calls
+def force_kernel():
+    """A function that lets Triton form losses with the kernel of this name, for this test; see planner.plan_loss."""
+    from pdl_kernels.kernels import launch, planner
 
-    def force(name):
-        monkeypatch.setenv("PDL_KERNELS_FORCE_KERNEL", name)
-        repeated_calls.forget()
+    with contextlib.ExitStack() as stack:
 
-    yield force
-    repeated_calls.forget()
+        def force(name, **shape):
+            stack.enter_context(launch.planned_by(functools.partial(planner.plan_loss, only=name, **shape)))
 
-
-@pytest.fixture
-def forgotten_calls():
-    """Calls are worked out anew in this test, which replaces what works them out, and after it."""
-    from pdl_kernels.ops import repeated_calls
-
-    repeated_calls.forget()
-    yield
-    repeated_calls.forget()
+        yield force
 
 
 @pytest.fixture

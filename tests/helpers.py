@@ -3,13 +3,15 @@
 import os
 from importlib import metadata
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdl_kernels import LossStats, pdl_cross_entropy
+from pdl_kernels import LossStats, functional, linear, pdl_cross_entropy
 from reference.pdl import ReferenceStats, reference_cross_entropy
 
 HALF = (torch.float16, torch.bfloat16)
@@ -75,17 +77,34 @@ def confident_logits(rows, V, p, targets, dtype=torch.float32, seed=0):
 # The package, the reference, and torch
 
 
+OURS = ("return_stats", "inplace", "expected_upstream")  # options that the yardsticks do not know
+
+
+class _MadeByAModel(torch.autograd.Function):
+    """A copy with the same strides, which may be overwritten."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        return made.copy_(leaf)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream
+
+
 def run(backend, logits, targets, weights=None, *, upstream=1.0, **options) -> Result:
     """Loss and gradient of the package for `upstream`; the logits' strides are kept."""
     x = logits.detach().requires_grad_()
-    out = pdl_cross_entropy(x, targets, weights, backend=backend, **options)
+    given = _MadeByAModel.apply(x) if options.get("inplace") else x
+    out = pdl_cross_entropy(given, targets, weights, backend=backend, **options)
     loss, stats = out if options.get("return_stats") else (out, None)
     (gradient,) = torch.autograd.grad(loss, x, _like(upstream, loss))
     return Result(loss.detach(), gradient, stats)
 
 
 def run_reference(logits, targets, weights=None, *, upstream=1.0, **options) -> Result:
-    options = {name: _cpu(value) for name, value in options.items() if name not in ("return_stats", "inplace")}
+    options = {name: _cpu(value) for name, value in options.items() if name not in OURS}
     x = logits.detach().cpu().double().requires_grad_()
     loss, stats = reference_cross_entropy(x, targets.cpu().long(), _cpu(weights), **options)
     (gradient,) = torch.autograd.grad(loss, x, _like(upstream, loss))
@@ -159,6 +178,25 @@ def _like(upstream, loss):
         return upstream.to(loss.dtype).to(loss.device)
     # float16 holds no number from 65520 on, and on a GPU full_like says so instead of giving inf.
     return torch.full_like(loss, upstream, dtype=torch.float64).to(loss.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching
+
+
+class Watching(TorchDispatchMode):
+    """A mode that sees what eager mode does. A call under any other mode is one operator, for tracing."""
+
+    def __enter__(self):
+        self.patches = [mock.patch.object(module, "is_traced", return_value=False) for module in (functional, linear)]
+        for patch in self.patches:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for patch in self.patches:
+            patch.stop()
+        return super().__exit__(*error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,13 +313,16 @@ def assert_stats(stats, expected, tolerance=2e-6):
 
 
 def check_against_reference(
-    backend, logits, targets, weights=None, *, upstream=1.0, confident=False, **options
+    backend, logits, targets, weights=None, *, upstream=1.0, confident=False, given=None, **options
 ) -> Result:
     """Run the package, hold loss, gradient and statistics against float64 by the criterion; return what it gave.
 
-    `confident`: the rows' probabilities of their targets are near 1, see ONE_ROUNDING.
+    Args:
+        confident: the rows' probabilities of their targets are near 1, see ONE_ROUNDING.
+        given: the logits that the package gets instead, with other numbers in rows that must not be read.
     """
-    got = run(backend, logits, targets, weights, upstream=upstream, **options)
+    got = run(backend, logits if given is None else given, targets, weights, upstream=upstream, **options)
+    options = {name: value for name, value in options.items() if name not in OURS}
     expected = run_reference(logits, targets, weights, upstream=upstream, **options)
     loss_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     assert got.loss.dtype == loss_dtype

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from helpers import INTERPRETED, assert_stats, assert_within_torch, compose, make_targets, stored_rounding
+from helpers import INTERPRETED, Watching, assert_stats, assert_within_torch, compose, make_targets, stored_rounding
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pdl_kernels import LossStats, pdl_linear_cross_entropy
@@ -184,7 +183,7 @@ def assert_equal(got, expected):
 # What runs underneath
 
 
-class Products(TorchDispatchMode):
+class Products(Watching):
     """Rows that take part in each of the three products."""
 
     def __init__(self, H=H, V=V):
@@ -214,7 +213,7 @@ class Products(TorchDispatchMode):
         return sum(k for m, k, n in self.shapes if (m, n) == (V, H))
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(Watching):
     """Bytes of the storages that torch's operations make, while they live; what was there before is not counted."""
 
     def __init__(self):

@@ -1,10 +1,10 @@
-"""Runs the launcher's whole Python path without a GPU: kernels are compiled for sm_90 and "launched" into nothing.
+"""Runs the Triton backend's Python path without a GPU: kernels are compiled for sm_90 and "launched" into nothing.
 
 A program of its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled. Prints one JSON
-line: compilations over ten different numbers of rows, what repeated launches pass beside Triton's own, and microseconds
-of Python per forward + backward.
+line: compilations over ten different numbers of rows, with --calls the launches of public calls beside what was
+planned, and microseconds of Python per forward + backward.
 
-    TRITON_INTERPRET=0 python tests/stubbed_device.py
+    TRITON_INTERPRET=0 python tests/stubbed_device.py [--calls]
 """
 
 import json
@@ -17,35 +17,39 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from triton import knobs
 from triton.runtime.driver import driver
 
-from benchmarks.roofline.compile import CompilingDriver
+from benchmarks import compile_ahead
+from benchmarks.roofline.cases import OPTIONS, Case, run_case
+from benchmarks.roofline.compile import CompilingDriver, compiled_launches
 from benchmarks.roofline.hardware import HARDWARE
 from pdl_kernels import backends, pdl_cross_entropy
 from pdl_kernels.kernels import cross_entropy as kernels
+from pdl_kernels.kernels import launch, planner
 from pdl_kernels.ops import cross_entropy as operation
-from pdl_kernels.ops import repeated_calls
-
-METADATA, ENTER_HOOK, LAST_HOOK = 6, 7, 8  # after the grid, the stream, the function and its packed metadata
+from pdl_kernels.options import LossOptions
 
 
 class Launches:
     """Stands for the launcher that Triton generates; counts instead of launching."""
 
     counts: ClassVar[Counter[str]] = Counter()
-    last: ClassVar[dict[str, tuple[Any, ...]]] = {}  # what the last launch of a kernel was given
+    seen: ClassVar[list[dict[str, Any]]] = []
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = source.fn.__name__
+        self.kernel = {
+            "kernel": self.name, "warps": metadata.num_warps, "blocks": metadata.num_ctas, "hash": metadata.hash,
+        }  # fmt: skip
 
     def __call__(self, *arguments: Any) -> None:
         Launches.counts[self.name] += 1
-        Launches.last[self.name] = arguments
+        Launches.seen.append({**self.kernel, "grid": arguments[:2]})
 
 
 class StubbedDriver(CompilingDriver):
@@ -77,37 +81,46 @@ def step(rows: int, vocab_size: int, **options: Any) -> None:
     pdl_cross_entropy(logits, targets, torch.ones(vocab_size), backend="triton", **options).backward()
 
 
-def check_no_target(*_: Any) -> None:
-    """What `check_targets` does with targets on a device: their values are not looked at."""
-    operation.validates_on_device()
+# Rows, vocabulary, options: rows read twice, held by one block, held by a cluster, sliced; and what cannot be held.
+CALLS: tuple[tuple[int, int, dict[str, Any]], ...] = (
+    (300, 32000, {}),
+    (300, 16384, {}),
+    (300, 16384, {"z_loss": 1e-4, "return_stats": True}),
+    (300, 16384, {"softcap": 30.0}),
+    (300, 151936, {}),
+    (3, 32000, {}),
+)
 
 
-def repeated_launches() -> dict[str, Any]:
-    """What the launches of a call are given the first time, by Triton, and the second time, by our Launcher."""
-    repeated_calls.forget()
-    seen = []
-    for hook in (None, None, print):  # a hook that must hear of launches
-        if hook:
-            knobs.runtime.launch_enter_hook.add(hook)
-        step(1000, 4096)
-        seen.append(dict(Launches.last))
-    knobs.runtime.launch_enter_hook.remove(print)
-    first, second, hooked = seen
-    return {
-        "same": [
-            name for name in first if described(first[name]) == described(second[name]) == described(hooked[name])
-        ],
-        "direct": [name for name in first if first[name][ENTER_HOOK] is not None and second[name][ENTER_HOOK] is None],
-        "hooked": [name for name in first if hooked[name][ENTER_HOOK] is not None],
-    }
-
-
-def described(arguments: tuple[Any, ...]) -> list[Any]:
-    """All that a launch is given but its hooks and what they are told; tensors by kind."""
-    return [
-        (tuple(value.shape), str(value.dtype), value.data_ptr() % 16) if isinstance(value, torch.Tensor) else value
-        for value in arguments[:METADATA] + arguments[LAST_HOOK + 1 :]
-    ]
+def public_calls() -> list[dict[str, Any]]:
+    """What calls of `pdl_cross_entropy` launch, what the planner names, and what the roofline compiles for them."""
+    found = []
+    target = compile_ahead.TARGET
+    with mock.patch.object(launch, "device_of", return_value=compile_ahead.DEVICE):
+        for rows, vocab_size, options in CALLS:
+            Launches.seen.clear()
+            logits = torch.zeros(rows, vocab_size, dtype=torch.bfloat16, requires_grad=True)
+            targets = torch.zeros(rows, dtype=torch.int64)
+            pdl_cross_entropy(logits, targets, torch.ones(vocab_size), backend="triton", **options)
+            plan, *_ = planner.plan_loss(
+                rows, vocab_size, 2, compile_ahead.DEVICE, launch.TRITON_VERSION,
+                z_loss="z_loss" in options, stats="return_stats" in options, transform="softcap" in options,
+            )  # fmt: skip
+            case = Case("loss + gradient", target, vocab_size=vocab_size, rows=rows, clusters=None)
+            with (
+                compiled_launches(target, cache_known=True) as compiled,
+                mock.patch.dict(OPTIONS, {"plain": LossOptions(**options)}),
+            ):
+                run_case(case)
+            driver.set_active(StubbedDriver(HARDWARE[target].target))
+            found.append(
+                {
+                    "launched": list(Launches.seen),
+                    "planned": plan._asdict(),
+                    "roofline": [one.compiled.metadata.hash for one in compiled],
+                }
+            )
+    return found
 
 
 class Nothing(torch.autograd.Function):
@@ -137,7 +150,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     driver.set_active(StubbedDriver(HARDWARE["sm_90"].target))
     backends.triton_problem = lambda device, dtype: None  # CPU tensors stand in for the device's
-    operation.check_targets = check_no_target
+    operation.check_targets = lambda *_: None  # as with targets on a device, whose values are not looked at
     result: dict[str, Any] = {}
 
     step(17, 4096)
@@ -150,7 +163,8 @@ def main() -> None:
     Launches.counts.clear()
     step(1000, 4096)
     result["launches"] = dict(Launches.counts)
-    result["repeated"] = repeated_launches()
+
+    result["public"] = public_calls() if "--calls" in sys.argv else []
 
     logits = torch.zeros(16, 1000, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(16, dtype=torch.int64)

@@ -527,7 +527,7 @@ def test_goals_of_a_gpu():
 
 def test_goals_of_the_host():
     document = synthetic()
-    document["host"] = {"microseconds": {"median": 90.0}, "launches_forward": 3, "launches_backward": 1}
+    document["host"] = {"microseconds": {"median": 240.0}, "launches_forward": 3, "launches_backward": 1}
     found = judged(document)
     assert found["Host: microseconds of Python per forward + backward"].status == "missed"
     assert "by 50%" in found["Host: microseconds of Python per forward + backward"].detail

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("rich", reason="rich, which prints the roofline's table, is not installed")
 
 from pdl_kernels.kernels import planner
-from pdl_kernels.kernels.launcher import TRITON_VERSION
+from pdl_kernels.kernels.launch import TRITON_VERSION
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -116,12 +116,38 @@ def test_exponentials_take_one_fused_multiply_add(compiled):
         assert second["special"] == second["elements"], name(variant)
 
 
-def test_launcher_without_a_gpu():
+@pytest.fixture(scope="module")
+def stubbed():
     """The real launch path against a driver that launches nothing."""
-    result = json.loads(run_program("tests/stubbed_device.py"))
-    assert result["compilations_after"] == result["compilations_before"], "a new number of rows compiled again"
-    assert result["compilations_before"]["loss_rows_kernel"] == 1
+    return json.loads(run_program("tests/stubbed_device.py", "--calls"))
+
+
+def test_a_new_number_of_rows_compiles_nothing(stubbed):
+    assert stubbed["compilations_after"] == stubbed["compilations_before"], "a new number of rows compiled again"
+    assert stubbed["compilations_before"]["loss_rows_kernel"] == 1
     names = ["denominators_kernel", "loss_rows_kernel", "reduce_rows_kernel", "gradient_rows_kernel"]
-    assert result["launches"] == dict.fromkeys(names, 1)
-    for what in ("same", "direct", "hooked"):
-        assert sorted(result["repeated"][what]) == sorted(names), what
+    assert stubbed["launches"] == dict.fromkeys(names, 1)
+
+
+def test_a_public_call_launches_what_the_planner_names_and_the_roofline_compiles(stubbed):
+    kernels = {planner.SINGLE_PASS: "single_pass_rows_kernel", planner.TWO_PASSES: "loss_rows_kernel"}
+    seen = []
+    for call in stubbed["public"]:
+        planned = call["planned"]
+        launched = {one["kernel"]: one for one in call["launched"]}
+        rows = launched["denominators_kernel"]
+        assert rows["grid"] == [1, 1]
+        if planned["kernel"] == planner.SLICES:
+            assert set(launched) >= {"slice_rows_kernel", "merge_rows_kernel", "gradient_rows_kernel"}
+            assert launched["slice_rows_kernel"]["grid"][1] == planned["slices"] > 1
+            chosen = launched["slice_rows_kernel"]
+        else:
+            chosen = launched[kernels[planned["kernel"]]]
+            assert len(launched) == 3
+        assert (chosen["warps"], chosen["blocks"]) == (planned["warps"], planned["ctas"])
+        assert [one["hash"] for one in call["launched"]] == call["roofline"]
+        seen.append((chosen["kernel"], chosen["blocks"]))
+    blocks = 8 if CLUSTERS else 1
+    held, twice = "single_pass_rows_kernel", "loss_rows_kernel"
+    long_row = (held, blocks) if CLUSTERS else (twice, 1)
+    assert seen == [(twice, 1), (held, 1), (held, 1), (twice, 1), long_row, ("slice_rows_kernel", 1)]

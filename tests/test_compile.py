@@ -12,6 +12,7 @@ V = 50
 needs_compiler = pytest.mark.skipif(
     not torch.cuda.is_available() and shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
 )
+TRACED = pytest.mark.needs_driver(reason="torch's tracing asks a driver for the current stream")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,7 @@ OPTIONS = {
 
 
 @needs_compiler
+@TRACED
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_compiled_equals_eager(name, dynamic, backend, device):
@@ -74,6 +76,7 @@ def test_compiled_equals_eager(name, dynamic, backend, device):
 
 
 @needs_compiler
+@TRACED
 def test_one_graph_for_many_numbers_of_rows(backend, device):
     head, weights = model(device)
 
@@ -88,6 +91,7 @@ def test_one_graph_for_many_numbers_of_rows(backend, device):
 
 
 @needs_compiler
+@TRACED
 @pytest.mark.parametrize("shape", ["shifted", "transposed"])
 def test_compiled_logits_that_are_not_contiguous(shape, backend, device):
     head, weights = model(device)
@@ -106,6 +110,7 @@ def test_compiled_logits_that_are_not_contiguous(shape, backend, device):
 
 
 @needs_compiler
+@TRACED
 def test_compiled_module_and_leaf(device):
     _, weights = model(device)
     criterion = PDLCrossEntropyLoss(weights, label_smoothing=0.1)
@@ -146,6 +151,7 @@ def operator_arguments(device, **changes):
     return tuple({**arguments, **changes}.values())
 
 
+@TRACED
 @pytest.mark.parametrize(
     "changes",
     [
@@ -163,6 +169,7 @@ def test_operators_pass_opcheck(changes, device, backend):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@TRACED
 def test_backward_operator_passes_opcheck(device, backend):
     arguments = operator_arguments(device, backend=backend)
     logits, targets, weights, token_weights, _, *options, _, backend = arguments

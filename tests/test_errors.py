@@ -8,7 +8,6 @@ import torch
 from helpers import make_logits, make_targets, make_weights, run_reference
 
 from pdl_kernels import LossStats, PDLCrossEntropyLoss, pdl_cross_entropy
-from pdl_kernels.ops import cross_entropy as operation
 
 V = 20
 
@@ -196,7 +195,7 @@ def test_sharded_logits_are_refused_by_name(backend):
 @pytest.mark.parametrize("wrong", [V, V + 10**6, -1, -101, 2**31 - 1])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_target_out_of_range(backend, wrong, dtype, inputs, monkeypatch):
-    monkeypatch.setattr(operation, "validates_on_device", lambda: True)  # a CPU always checks
+    monkeypatch.setenv("PDL_KERNELS_VALIDATE", "1")  # a CPU always checks
     logits, targets = inputs
     targets = targets.to(dtype)
     targets[0, 0] = -100
@@ -222,28 +221,24 @@ def test_ignore_index_is_never_out_of_range(backend, inputs):
         assert pdl_cross_entropy(logits, wide, ignore_index=ignore_index, backend=backend).isfinite()
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", True), ("0", False), (None, False)])
-def test_the_variable_that_asks_for_validation_is_read_once(value, expected, monkeypatch):
-    set_variable(monkeypatch, value)
-    operation.validates_on_device.cache_clear()
-    try:
-        assert operation.validates_on_device() is expected
-        set_variable(monkeypatch, "0" if expected else "1")
-        assert operation.validates_on_device() is expected
-    finally:
-        operation.validates_on_device.cache_clear()
-
-
-def set_variable(monkeypatch, value):
-    if value is None:
-        monkeypatch.delenv("PDL_KERNELS_VALIDATE", raising=False)
-    else:
+@pytest.mark.gpu
+def test_the_variable_that_asks_for_validation_counts_at_every_call(inputs, monkeypatch):
+    logits, targets = inputs
+    targets[1, 2] = V
+    for value, raises in (("1", True), ("0", False), ("1", True)):
         monkeypatch.setenv("PDL_KERNELS_VALIDATE", value)
+        call = lambda: pdl_cross_entropy(logits, targets, backend="triton")  # noqa: E731
+        if raises:
+            assert_error(IndexError, call, "targets[1, 2]", V)
+        else:
+            assert call().isnan()
+    monkeypatch.delenv("PDL_KERNELS_VALIDATE")
+    assert pdl_cross_entropy(logits, targets, backend="triton").isnan()
 
 
 @pytest.mark.gpu
 def test_target_out_of_range_is_nan_on_a_gpu(inputs, monkeypatch):
-    monkeypatch.setattr(operation, "validates_on_device", lambda: False)
+    monkeypatch.delenv("PDL_KERNELS_VALIDATE", raising=False)
     logits, targets = inputs
     targets[1, 2] = V
     leaf = logits.clone().requires_grad_()
@@ -259,6 +254,7 @@ def test_target_out_of_range_is_nan_on_a_gpu(inputs, monkeypatch):
 # Backends
 
 
+@pytest.mark.needs_driver(reason="its tensors all say that they are on a GPU")
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     call = lambda: pdl_cross_entropy(torch.zeros(2, V), torch.zeros(2, dtype=torch.int64), backend="triton")  # noqa: E731

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from pdl_kernels.kernels import launch, planner
 from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
-from pdl_kernels.options import LossInputs, LossOptions
+from pdl_kernels.options import LossInputs, LossOptions, RowOutputs
 
 SMS = 132
 
@@ -48,15 +48,25 @@ def test_large_programs_name_their_registers():
 
 
 @pytest.mark.parametrize(("softcap", "fused"), [(None, True), (30.0, False)])
-def test_the_product_of_a_capped_logit_is_not_fused_with_what_follows(softcap, fused):
+def test_the_product_of_a_capped_logit_is_not_fused_with_what_follows(monkeypatch, softcap, fused):
     """Fused, exp(z - z) is not 1: on an H100 the gradient was off by 6e-6 at V = 262144, float32."""
-    logits = torch.empty(1, 8, 4096, device="meta")
-    inputs = LossInputs(logits, logits.new_empty(8, dtype=torch.int64), None, None, None)
-    plan = planner.plan_rows(8, 4096, 4, SMS, two_passes=True)
-    call = launch.RowCall(inputs, LossOptions(softcap=softcap), logits, plan, planner.Device(SMS, 32, True, (9, 0)))
-    launchers = (call._loss_launcher, call._slice_launcher, call._merge_launcher)
-    options = [call.compile_options, *(launcher.compile_options for launcher in launchers)]
-    assert [found["enable_fp_fusion"] for found in options] == [fused] * 4
+    logits = torch.empty(1, 8, 8192, device="meta")
+    options = LossOptions(softcap=softcap)
+    device = planner.Device(SMS, 32, True, (9, 0))
+    given = []
+
+    class Hearing:
+        def __getitem__(self, grid):
+            return lambda *arguments, **compile_options: given.append(compile_options["enable_fp_fusion"])
+
+    for kernel in ("loss_rows_kernel", "slice_rows_kernel", "merge_rows_kernel", "gradient_rows_kernel"):
+        monkeypatch.setattr(launch.kernels, kernel, Hearing())
+    inputs = LossInputs(logits, logits.new_empty(8, dtype=torch.int64), None, None)
+    outputs = RowOutputs(logits.new_empty(8), logits.new_empty(2, 8), None)
+    for rows in (planner.MANY_ROWS, 1):  # whole rows; slices
+        plan = launch.make_plan(logits, options, logits, planner.plan_rows(rows, 8192, 4, SMS, two_passes=True), device)
+        launch._launch_loss_rows(plan, inputs, options, logits.new_empty(7), logits, outputs)
+    assert given == [fused] * 4
 
 
 def test_a_load_per_column_takes_half_the_threads():

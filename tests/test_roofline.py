@@ -25,7 +25,7 @@ from benchmarks.roofline.machine import (
     parse_sass,
 )
 from benchmarks.roofline.walks import ExpectedWalk, Walk, match_walks
-from pdl_kernels.kernels.launcher import TRITON_VERSION
+from pdl_kernels.kernels.launch import TRITON_VERSION
 
 ROOT = Path(__file__).parents[1]
 # Parts of scale_rows_kernel for float32: a loop that multiplies a vector of 4 columns, which on sm_90 the assembler

@@ -24,7 +24,7 @@ def test_candidates_start_with_the_planners_choice_and_hold_whole_rows(vocab_siz
     case = Case(4096, vocab_size, dtype)
     found = sweep.candidates(case, H200, (3, 9))
     head = vocab_size % (16 // case.itemsize) != 0
-    assert found[:2] == planner.plan_loss_and_gradient(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
+    assert found[:2] == planner.plan_loss(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
     assert [plan.kernel for plan in found[:2]] == [SINGLE_PASS, TWO_PASSES]
     assert len(found) == len(set(found)) > 4
     vector = 16 // case.itemsize
@@ -129,7 +129,7 @@ def test_it_stops_when_its_time_is_over(tmp_path):
 def test_at_most_twenty_beside_the_planners(vocab_size, dtype):
     case = Case(4096, vocab_size, dtype)
     head = vocab_size % (16 // case.itemsize) != 0
-    planned = planner.plan_loss_and_gradient(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
+    planned = planner.plan_loss(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
     everything = sweep.candidates(case, H200, (3, 9), None)
     twice = sum(plan.kernel == TWO_PASSES for plan in everything[len(planned) :])
     assert twice >= 6
@@ -147,7 +147,7 @@ def test_the_planners_choice_is_the_first_of_every_shape(vocab_size, dtype, trit
     for rows in (1, *sweep.ROWS):
         case = Case(rows, vocab_size, dtype)
         head = vocab_size % (16 // case.itemsize) != 0
-        planned = planner.plan_loss_and_gradient(rows, vocab_size, case.itemsize, H200, triton_version, head=head)
+        planned = planner.plan_loss(rows, vocab_size, case.itemsize, H200, triton_version, head=head)
         for most in (0, 20, None):
             assert sweep.candidates(case, H200, triton_version, most)[0] == planned[0]
 

@@ -4,8 +4,8 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from helpers import Watching
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -21,7 +21,7 @@ class Span(NamedTuple):
         return cls(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(Watching):
     """Records every new storage, and how many elements of watched tensors torch's own operations read and write.
 
     An element is read by an operation that takes it as an argument and does not merely make a view of it, and written

@@ -15,7 +15,8 @@ LINEAR_SHAPE = "8192x4096x128256"
 # The files that meet the kernels, and of those the ones whose every test is about numbers or memory.
 SUITE = (
     "tests/test_values.py tests/test_autograd.py tests/test_lessons.py tests/test_linear_values.py "
-    "tests/test_linear_autograd.py tests/test_expected_upstream.py tests/test_repeated_calls.py tests/test_compile.py"
+    "tests/test_linear_autograd.py tests/test_expected_upstream.py tests/test_no_hidden_state.py tests/test_plans.py "
+    "tests/test_compile.py"
 )
 PYTEST = (
     "{python} -m pytest -q --tb short -p no:benchmark -o cache_dir={work}/pytest --timeout 100 "
@@ -68,7 +69,7 @@ STAGES = (
     Stage(
         "suite", 130, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
         f"{PYTEST}suite.jsonl -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
-        f"{PYTEST}suite.jsonl -m 'not gpu' tests/test_repeated_calls.py -k option",
+        f"{PYTEST}suite.jsonl -m 'not gpu' tests/test_plans.py -k option",
         again=f"{PYTEST}suite.jsonl -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
         correctness=True,
     ),

@@ -24,7 +24,7 @@ class Contender:
     Attributes:
         name: in the table and in recorded results.
         peer: what `--peers` calls it; several contenders may share one.
-        build: binds targets and weights, whose preparation is not timed.
+        build: binds targets and weights, whose preparation is not timed, and the upstream gradient where it is of use.
         weighted: False where the implementation takes no class weights; it computes the plain mean then.
         overwrites: what the logits held is gone afterwards; they are restored before every run, untimed.
         problem: why it cannot run on a device, or None. It may import the peer.

@@ -5,8 +5,6 @@ import torch
 from benchmarks.inputs import DTYPES, Case, Inputs
 from benchmarks.peers.contender import Contender, Loss
 from pdl_kernels import pdl_cross_entropy, pdl_linear_cross_entropy
-from pdl_kernels.ops.cross_entropy import empty_gradient
-from pdl_kernels.options import LossInputs, LossOptions
 
 
 def backend_of(device_type: str) -> str:
@@ -18,20 +16,27 @@ def rows_are_held(case: Case, device: torch.device) -> bool:
     """Whether the Triton backend reads the logits of this case once for loss and gradient."""
     from pdl_kernels.kernels import launch, planner
 
-    logits = torch.empty(1, case.rows, case.vocab_size, dtype=DTYPES[case.dtype], device="meta")
-    inputs = LossInputs(logits, logits.new_empty(case.rows, dtype=torch.int64), None, None, None)
-    best, *_ = launch.loss_plans(inputs, LossOptions(), empty_gradient(logits), launch.device_of(device))
+    itemsize = DTYPES[case.dtype].itemsize
+    best, *_ = planner.plan_loss(
+        case.rows, case.vocab_size, itemsize, launch.device_of(device), launch.TRITON_VERSION,
+        head=case.vocab_size * itemsize % planner.VECTOR_BYTES != 0, clusters=launch.clusters_wanted(),
+    )  # fmt: skip
     return best.kernel == planner.SINGLE_PASS
 
 
 def _build(inputs: Inputs, inplace: bool) -> Loss:
     backend = backend_of(inputs.device.type)
-    return lambda logits: pdl_cross_entropy(logits, inputs.targets, inputs.weights, inplace=inplace, backend=backend)
+    return lambda logits: pdl_cross_entropy(
+        logits, inputs.targets, inputs.weights,
+        expected_upstream=inputs.upstream, inplace=inplace, backend=backend,
+    )  # fmt: skip
 
 
 def build_linear(inputs: Inputs) -> Loss:
     backend = backend_of(inputs.device.type)
-    return lambda hidden, head: pdl_linear_cross_entropy(hidden, head, inputs.targets, inputs.weights, backend=backend)
+    return lambda hidden, head: pdl_linear_cross_entropy(
+        hidden, head, inputs.targets, inputs.weights, expected_upstream=inputs.upstream, backend=backend
+    )
 
 
 CONTENDERS = (

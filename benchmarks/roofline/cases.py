@@ -3,7 +3,7 @@
 A case names a call, not kernels: which kernels that call launches, in which variant, is the launcher's answer.
 """
 
-import os
+import functools
 from typing import NamedTuple
 from unittest import mock
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pdl_kernels.kernels import launch
-from pdl_kernels.kernels.planner import TWO_PASSES
+from pdl_kernels.kernels.planner import TWO_PASSES, plan_loss
 from pdl_kernels.ops.cross_entropy import empty_gradient
-from pdl_kernels.options import LossInputs, LossOptions
+from pdl_kernels.options import SCALARS, LossInputs, LossOptions
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
@@ -46,11 +46,13 @@ class Case(NamedTuple):
     weights: bool = True
     token_weights: bool = False
     normalizer: bool = False  # a tensor
+    expected_upstream: bool = False  # a tensor
     targets: str = "int64"
     row_stride: int | None = None  # where it is not the vocabulary's size
     column_stride: int = 1
     offset: int = 0  # elements from an aligned address to the first logit
     forced: str = ""  # of planner.KERNELS, where another would be launched
+    clusters: bool | None = True  # as PDL_KERNELS_CLUSTERS would say it; None: the planner's own choice
 
     @property
     def layout(self) -> str:
@@ -59,19 +61,23 @@ class Case(NamedTuple):
             "" if self.weights else "no weights",
             "token weights" if self.token_weights else "",
             "normalizer" if self.normalizer else "",
+            "expected upstream" if self.expected_upstream else "",
             "" if self.targets == "int64" else f"{self.targets} targets",
             "" if self.row_stride is None or self.column_stride != 1 else "padded rows",
             "" if self.column_stride == 1 else "column stride",
             "offset" if self.offset else "",
             self.forced,
+            "" if self.clusters else "no clusters asked for",
         ]
         return ", ".join(filter(None, parts))
 
 
 def run_case(case: Case) -> None:
     """Make the call on tensors without memory."""
-    forced = {"PDL_KERNELS_FORCE_KERNEL": case.forced} if case.forced else {}
-    with mock.patch.dict(os.environ, forced):
+    with (
+        launch.planned_by(functools.partial(plan_loss, only=case.forced or None)),
+        mock.patch.object(launch, "clusters_wanted", return_value=case.clusters),
+    ):
         _run_case(case)
 
 
@@ -84,21 +90,21 @@ def _run_case(case: Case) -> None:
         _empty(case.vocab_size) if case.weights else None,
         _empty(rows) if case.token_weights else None,
         _empty() if case.normalizer else None,
+        _empty() if case.expected_upstream else 1.0,
     )
     if case.call == "loss":
         launch.forward(inputs, options, None)
     elif case.call == "loss + gradient":
-        launch.forward(inputs, options, empty_gradient(logits), _empty())
+        launch.forward(inputs, options, empty_gradient(logits))
     elif case.call == "gradient":
         per_row = options.reduction == "none"
         upstream = _empty(rows) if per_row else _empty()
-        arguments = (inputs, options, _empty(2, rows), _empty(7), upstream, empty_gradient(logits))
-        if per_row:
-            launch.backward(*arguments)
-        else:
-            launch.adjust(*arguments, _empty())
+        launch.backward(
+            inputs, options, _empty(2, rows), _empty(len(SCALARS)), upstream, empty_gradient(logits),
+            unless_expected=not per_row,
+        )  # fmt: skip
     elif case.call == "scale":
-        launch.adjust(None, options, None, None, _empty(), logits)
+        launch.scale(logits, _empty(len(SCALARS)), _empty())
     else:
         raise ValueError(f"unknown call {case.call!r}")
 
@@ -132,7 +138,7 @@ def quick_cases() -> list[Case]:
     found += [Case("gradient", "sm_90", options="none"), Case("loss", "sm_90", options="smoothing")]
     found += [
         plain._replace(weights=False),
-        plain._replace(token_weights=True, normalizer=True),
+        plain._replace(token_weights=True, normalizer=True, expected_upstream=True),
         plain._replace(targets="int32"),
         plain._replace(vocab_size=50257, row_stride=50264),
         plain._replace(vocab_size=50257, row_stride=1, column_stride=MANY_ROWS),
@@ -152,6 +158,8 @@ def quick_cases() -> list[Case]:
     found += [Case(call, "sm_90", vocab_size=50257) for call in ("loss", "gradient")]
     found.append(Case("loss", "sm_90", vocab_size=50257, rows=FEW_ROWS))
     found.append(Case("loss + gradient", "sm_100", vocab_size=50257, options="stats"))  # the closest to a spill
+    alone = Case("loss + gradient", "sm_100", vocab_size=32000, clusters=None)  # held by one block
+    found += [alone, alone._replace(options="z_loss"), alone._replace(dtype="float32")]
     return found
 
 

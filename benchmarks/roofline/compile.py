@@ -1,6 +1,6 @@
-"""The package's own launcher, run without a GPU: whatever it would launch is compiled, and nothing is launched.
+"""The package's own launches, without a GPU: whatever it would launch is compiled, and nothing is launched.
 
-So no list of variants, arguments or compile options exists here that could drift from the launcher's.
+So no list of variants, arguments or compile options exists here that could drift from the package's.
 """
 
 import math
@@ -64,9 +64,16 @@ def described_device(target: str, *, cache_known: bool) -> Device:
 
 @contextmanager
 def compiled_launches(
-    target: str, wanted: Callable[[str], bool] = lambda name: True, *, cache_known: bool = False
+    target: str,
+    wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    cache_known: bool = False,
 ) -> Iterator[list[Launch]]:
-    """Within, the launcher sees a device of `target`; the launches of `wanted` kernels are compiled and collected."""
+    """Within, `launch` sees a device of `target`; the launches of `wanted` kernels are compiled and collected.
+
+    Args:
+        cache_known: see `described_device`.
+    """
     launches: list[Launch] = []
     hardware = HARDWARE[target]
     run = JITFunction.run

@@ -31,6 +31,7 @@ class Recipe(NamedTuple):
     upstream: float | None = 1.0  # None: forward alone, under no_grad
     few_rows: bool = False
     inplace: bool = False
+    expected: bool = False  # the upstream gradient is named to the loss
     read_twice: bool = False  # by the kernel that takes the place of the single-pass kernel where that is not compiled
     layout: str = "rows"  # "rows"; "offset": the storage does not start on 16 bytes; "columns": they have a stride
     token_weights: bool = False
@@ -40,6 +41,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "plain": Recipe(),
     "upstream 0.25": Recipe(upstream=0.25),
+    "upstream 0.25, expected": Recipe(upstream=0.25, expected=True),
     "in place": Recipe(inplace=True),
     "in place, upstream 0.25": Recipe(inplace=True, upstream=0.25),
     "read twice": Recipe(read_twice=True),

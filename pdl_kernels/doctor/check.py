@@ -262,9 +262,9 @@ def _kernels_to_see(device: torch.device, cases: list[Case]) -> set[str]:
     described = launch.device_of(device)
     for case in cases:
         itemsize = DTYPES[case.dtype].itemsize
-        plans = planner.plan_loss_and_gradient(
+        plans = planner.plan_loss(
             case.rows, case.vocab_size, itemsize, described, launch.TRITON_VERSION,
-            head=case.vocab_size * itemsize % planner.VECTOR_BYTES != 0,
+            head=case.vocab_size * itemsize % planner.VECTOR_BYTES != 0, clusters=launch.clusters_wanted(),
         )  # fmt: skip
         if plans[0].kernel == planner.SINGLE_PASS:
             found.add("single_pass_rows_kernel")

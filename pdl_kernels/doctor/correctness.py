@@ -10,8 +10,8 @@ gradient of exactly 0, and whatever they hold, nan here, must not be read.
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -172,6 +172,8 @@ def make_call(problem: Problem, recipe: Recipe, upstream: float | Tensor, backen
         options: dict[str, Any] = {**problem.options, "token_weights": problem.token_weights, "backend": backend}
         if recipe.inplace:
             options["inplace"] = True
+        if recipe.expected:  # as a tensor, which is read on the device
+            options["expected_upstream"] = torch.full((), recipe.upstream or 1.0, device=leaves[0].device)
         with torch.set_grad_enabled(recipe.upstream is not None):
             result = function(*sources, problem.targets, problem.weights, **options)
         loss, stats = result if isinstance(result, tuple) else (result, None)
@@ -207,15 +209,9 @@ def reading_twice(wanted: bool) -> Iterator[None]:
         yield
         return
     from pdl_kernels.kernels import launch, planner
-    from pdl_kernels.ops import repeated_calls
 
-    os.environ[launch.FORCE_VARIABLE] = planner.TWO_PASSES
-    repeated_calls.forget()
-    try:
+    with launch.planned_by(functools.partial(planner.plan_loss, only=planner.TWO_PASSES)):
         yield
-    finally:
-        del os.environ[launch.FORCE_VARIABLE]
-        repeated_calls.forget()
 
 
 @contextmanager

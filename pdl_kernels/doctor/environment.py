@@ -15,19 +15,23 @@ from pdl_kernels import backends
 PACKAGES = ("pdl-kernels", "torch", "triton", "numpy", "safetensors", "transformers", "datasets")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOT_INSTALLED = "not installed"
-# The variable, what 1 does, and what anything else does.
-SETTINGS = (
-    (
-        "PDL_KERNELS_VALIDATE",
-        "targets that are no class raise IndexError on every device, at the cost of waiting for it",
-        "targets that are no class raise IndexError on a CPU, and make their rows nan on other devices",
-    ),
-    (
-        "TRITON_INTERPRET",
-        "Triton kernels run in its interpreter, slowly; backend='triton' takes CPU tensors",
-        "Triton kernels are compiled, and take no CPU tensors",
-    ),
-)
+# The variable, and what its values do; None: any other value, and none.
+SETTINGS: dict[str, dict[str | None, str]] = {
+    "PDL_KERNELS_VALIDATE": {
+        "1": "targets that are no class raise IndexError on every device, at the cost of waiting for it",
+        None: "targets that are no class raise IndexError on a CPU, and make their rows nan on other devices",
+    },
+    "PDL_KERNELS_CLUSTERS": {
+        "1": "long rows are held by clusters of thread blocks wherever Triton compiles them",
+        "0": "no row is held by more than one thread block",
+        None: "clusters of thread blocks hold long rows where a recorded run has shown them right: compute capability "
+        "9.0 with Triton >= 3.9",
+    },
+    "TRITON_INTERPRET": {
+        "1": "Triton kernels run in its interpreter, slowly; backend='triton' takes CPU tensors",
+        None: "Triton kernels are compiled, and take no CPU tensors",
+    },
+}
 
 
 class Device(NamedTuple):
@@ -93,8 +97,11 @@ def devices() -> list[Device]:
 
 def settings() -> list[Setting]:
     """Environment variables, and what their values mean."""
-    values = [(os.environ.get(variable), variable, on, off) for variable, on, off in SETTINGS]
-    return [Setting(variable, value, on if value == "1" else off) for value, variable, on, off in values]
+    values = {variable: os.environ.get(variable) for variable in SETTINGS}
+    return [
+        Setting(variable, value, SETTINGS[variable].get(value, SETTINGS[variable][None]))
+        for variable, value in values.items()
+    ]
 
 
 def report() -> dict[str, Any]:

@@ -7,9 +7,10 @@ replaced by zeros before any arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from pdl_kernels.options import (
     EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,
     INVERSE_Z_DENOMINATOR,
+    LARGEST_EXPECTED,
     NLL,
     SCALARS,
+    SMALLEST_EXPECTED,
     WEIGHT_SUM,
     WEIGHT_TOTAL,
     LossInputs,
@@ -70,26 +73,51 @@ class _Piece:
     logits: Tensor  # (R, V)
 
 
-@torch.no_grad()
-def forward(
-    inputs: LossInputs, options: LossOptions, gradient: Tensor | None, expected_upstream: float = 1.0
-) -> LossOutputs:
+# ---------------------------------------------------------------------------------------------------------------------
+# The six functions that both backends have
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _plain_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
+    """Neither recorded by autograd nor cast by autocast. The first argument says on which device."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        first: Any = arguments[0]
+        device = first.device if isinstance(first, Tensor) else first[0].device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return function(*arguments, **options)
+
+    return run
+
+
+@_plain_arithmetic
+def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
     """The loss, and its gradient for the expected upstream gradient written to `gradient` where one is given."""
-    scalars, token_count = denominators(inputs, options, expected_upstream)
+    scalars, token_count = denominators(inputs, options)
     rows = loss_rows(inputs, options, scalars, gradient)
     loss = reduce_rows(rows, options, scalars, token_count)
     return LossOutputs(loss, rows.state, scalars, token_count)
 
 
-@torch.no_grad()
-def denominators(inputs: LossInputs, options: LossOptions, expected_upstream: float = 1.0) -> tuple[Tensor, Tensor]:
+@_plain_arithmetic
+def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
     scalars, token_count = _denominators(inputs, options, _rows(inputs, options))
-    scalars[EXPECTED_UPSTREAM].fill_(expected_upstream)  # an assignment would wait for a GPU
+    expected = inputs.expected_upstream
+    if isinstance(expected, float):
+        scalars[EXPECTED_UPSTREAM].fill_(expected)  # an assignment would wait for a GPU
+    else:
+        expected = expected.to(scalars.dtype)
+        usable = (expected.abs() >= SMALLEST_EXPECTED) & (expected.abs() <= LARGEST_EXPECTED)  # no nan either
+        scalars[EXPECTED_UPSTREAM].copy_(torch.where(usable, expected, 1))
     return scalars, token_count
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
     """Each row's loss, and the gradient for the expected upstream gradient written to `gradient` where one is given.
 
@@ -151,7 +179,7 @@ def _lse_parts(row_max: Tensor, largest: Tensor, options: LossOptions, dtype: to
     return _transformed(row_max, options, dtype).to(dtype), -largest.log()
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_count: Tensor) -> Tensor:
     """The loss, (N,) for "none" and 0-d otherwise; the statistics go to `scalars`."""
     if rows.stats is not None:
@@ -161,11 +189,25 @@ def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_c
     return rows.loss if options.reduction == "none" else rows.loss.sum()
 
 
-@torch.no_grad()
+@_plain_arithmetic
 def backward(
-    inputs: LossInputs, options: LossOptions, row_state: Tensor, scalars: Tensor, upstream: Tensor, gradient: Tensor
+    inputs: LossInputs,
+    options: LossOptions,
+    row_state: Tensor,
+    scalars: Tensor,
+    upstream: Tensor,
+    gradient: Tensor,
+    *,
+    unless_expected: bool = False,
 ) -> None:
-    """Write the gradient for `upstream`, (N,) with any stride or 0-d, to `gradient`."""
+    """Write the gradient for `upstream`, (N,) with any stride or 0-d, to `gradient`.
+
+    With `unless_expected` it already holds the one for the upstream gradient that `scalars` expects, and is left alone
+    if they are equal, where that can be known without waiting for a device. One rounding either way, and float16
+    gradients that need loss scaling do not underflow before they are scaled.
+    """
+    if unless_expected and _is_expected(upstream, scalars):
+        return
     rows = _rows(inputs, options)
     factors = _factors(inputs, options, rows, scalars).times(upstream)
     active = factors.active
@@ -177,35 +219,28 @@ def backward(
         _write_gradient(gradient, piece, inputs, options, rows, factors, scalars, p, lse[piece.index])
 
 
-@torch.no_grad()
-def adjust(
-    inputs: LossInputs | None,
-    options: LossOptions,
-    row_state: Tensor | None,
-    scalars: Tensor | None,
-    upstream: Tensor,
-    gradient: Tensor,
-) -> None:
-    """Make `gradient`, formed for the upstream gradient that `scalars` expects, right for the 0-d `upstream`.
-
-    From the logits while they are still there: one rounding, and fp16 gradients that need loss scaling do not
-    underflow before they are scaled. Otherwise by multiplying. Without scalars 1 was expected.
-    """
-    on_cpu = upstream.device.type == "cpu"
-    expected = upstream.new_ones(()) if scalars is None else scalars[EXPECTED_UPSTREAM]
-    if on_cpu and upstream.item() == expected.item():  # reading them waits for nothing on a CPU
+@_plain_arithmetic
+def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
+    """Multiply a (rows_outer, rows_inner, V) gradient, formed for what `scalars` expects, for the 0-d `upstream`."""
+    if _is_expected(upstream, scalars):
         return
-    if inputs is not None and row_state is not None and scalars is not None:
-        backward(inputs, options, row_state, scalars, upstream, gradient)
-        return
-    upstream = upstream / expected
-    if on_cpu and upstream.isfinite():
-        gradient.mul_(upstream)
+    factor = upstream / scalars[EXPECTED_UPSTREAM]
+    if upstream.device.type == "cpu" and factor.isfinite():
+        gradient.mul_(factor)
         return
     for block in gradient.unbind(0):  # (rows_inner, V) each
         for piece in block.split(_piece_rows(gradient)):  # no temporary of the gradient's size
             # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
-            piece.copy_(torch.where(piece == 0, 0, piece * upstream))
+            piece.copy_(torch.where(piece == 0, 0, piece * factor))
+
+
+def _is_expected(upstream: Tensor, scalars: Tensor) -> bool:
+    """Whether they are known to be equal; reading them waits for nothing on a CPU."""
+    return upstream.device.type == "cpu" and upstream.item() == scalars[EXPECTED_UPSTREAM].item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows and pieces of them
 
 
 def _rows(inputs: LossInputs, options: LossOptions) -> _Rows:

@@ -5,7 +5,7 @@
     slice_rows_kernel      rows x slices       maximum and sum of a slice of a row, for few rows
     merge_rows_kernel      a program per row   slices -> loss of the row, its maximum and sum
     gradient_rows_kernel   rows x slices       the gradient from the saved maximum and sum, and an upstream gradient
-    scale_rows_kernel      rows x slices       a finished gradient made right for another upstream gradient, in place
+    scale_rows_kernel      rows x slices       a finished gradient multiplied for another upstream gradient, in place
     reduce_rows_kernel     1 program           losses of the rows -> loss, statistics
 
 Tensors, with N rows, V columns and S slices (all sums float32, all orders fixed: bitwise deterministic):
@@ -14,8 +14,10 @@ Tensors, with N rows, V columns and S slices (all sums float32, all orders fixed
     row_state (2, N): row maximum of the raw logits; sum of exp(z - z of that maximum)
     row_stats (2, N): cross entropy of counted rows; 1 where the target reaches the row's maximum
     slice_state (2, N, S): row_state of every slice
-    scalars (7,): 1/D, 1/D_z, sum_j w_j, mean NLL, accuracy, sum of w(y_i) |u_i|, the upstream gradient counted on
-    remembered (): the last upstream gradient that backward met on this device
+    scalars (7,): 1/D, 1/D_z, sum_j w_j, mean NLL, accuracy, sum of w(y_i) |u_i|, the expected upstream gradient
+
+No two programs of a launch touch the same address with a write among them, not even where the value that is read is
+thrown away: programs run in any order.
 """
 
 import triton
@@ -40,6 +42,7 @@ from pdl_kernels.kernels.tiles import (
     fill_row,
     interior_bounds,
     interior_pointer,
+    owns_column,
     row_offset,
     slice_bounds,
 )
@@ -64,11 +67,12 @@ UNSPECIALIZED = (
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def denominators_kernel(
-    targets, weights, token_weights, normalizer, remembered, scalars, token_count,
+    targets, weights, token_weights, normalizer, expected_upstream, scalars, token_count,
     rows, V, ignore_index,
-    REDUCTION: tl.constexpr, NUMBER: tl.constexpr, SUM_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCTION: tl.constexpr, NORMALIZER_IS_NUMBER: tl.constexpr, EXPECTED_IS_NUMBER: tl.constexpr,
+    SUM_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`normalizer` is a number if NUMBER, else a pointer to one, or None."""
+    """`normalizer` and `expected_upstream` are numbers, or pointers to one; `normalizer` may be None."""
     index = tl.arange(0, BLOCK)
     weight_sums = tl.zeros((BLOCK,), tl.float32)
     magnitudes = tl.zeros((BLOCK,), tl.float32)
@@ -101,7 +105,7 @@ def denominators_kernel(
         denominator = magnitude * 0.0 + 1.0
         denominator_z = denominator
     if normalizer is not None:
-        if NUMBER:
+        if NORMALIZER_IS_NUMBER:
             denominator = tl.full((), normalizer, tl.float32)
         else:
             denominator = tl.load(normalizer).to(tl.float32)
@@ -111,13 +115,12 @@ def denominators_kernel(
     tl.store(scalars + 3, 0.0)  # the statistics, unless reduce_rows_kernel fills them in
     tl.store(scalars + 4, 0.0)
     tl.store(scalars + 5, weight_sum)
-    # Read once, here: a backward on another stream may change it while the rows are worked on.
-    expected_upstream = tl.full((), 1.0, tl.float32)
-    if remembered is not None:
-        last = tl.load(remembered)
-        usable = (tl.abs(last) >= SMALLEST_EXPECTED) & (tl.abs(last) <= LARGEST_EXPECTED)  # no nan either
-        expected_upstream = tl.where(usable, last, 1.0)
-    tl.store(scalars + 6, expected_upstream)
+    if EXPECTED_IS_NUMBER:
+        expected = tl.full((), expected_upstream, tl.float32)
+    else:
+        expected = tl.load(expected_upstream).to(tl.float32)
+    usable = (tl.abs(expected) >= SMALLEST_EXPECTED) & (tl.abs(expected) <= LARGEST_EXPECTED)  # no nan either
+    tl.store(scalars + 6, tl.where(usable, expected, 1.0))
     if token_count is not None:
         tl.store(token_count, count)
 
@@ -307,7 +310,7 @@ def merge_rows_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def gradient_rows_kernel(
-    logits, gradient, targets, weights, token_weights, scalars, row_state, upstream, remembered,
+    logits, gradient, targets, weights, token_weights, scalars, row_state, upstream,
     upstream_stride, rows, rows_inner, V, stride_outer, stride_row, stride_column,
     gradient_stride_outer, gradient_stride_row, gradient_stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
@@ -316,8 +319,7 @@ def gradient_rows_kernel(
 ):  # fmt: skip
     """The gradient for `upstream`, or, without one, for the upstream gradient that is expected.
 
-    With UNLESS_EXPECTED, `gradient` already holds the latter and is left alone if they are equal; `upstream` is
-    remembered.
+    With UNLESS_EXPECTED, `gradient` already holds the latter and is left alone if they are equal.
     """
     row = tl.program_id(0)
     slice_index = tl.program_id(1)
@@ -326,9 +328,6 @@ def gradient_rows_kernel(
     else:
         upstream_value = tl.load(scalars + 6)
     if UNLESS_EXPECTED:
-        if remembered is not None:
-            if row + slice_index == 0:
-                tl.store(remembered, upstream_value)
         if upstream_value == tl.load(scalars + 6):
             return
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
@@ -346,9 +345,11 @@ def gradient_rows_kernel(
         target_factor, smoothing_factor, z_factor, upstream_value, VARIANT
     )
     if contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0):
-        # In place, another slice may have overwritten the target column already; the slice that owns it, alone,
-        # uses this value, and reads it before it writes.
-        x_y = tl.load(logits_row + y.to(tl.int64) * stride_column).to(tl.float32)
+        # In place the slice that owns the target's column overwrites it; the others neither need nor read it. All
+        # threads of the one that does have read it before any of them writes.
+        owns = owns_column(y, head, columns, begin, end, slice_index)
+        x_y = tl.load(logits_row + y.to(tl.int64) * stride_column, mask=owns, other=0.0).to(tl.float32)
+        tl.debug_barrier()
         row_max = tl.load(row_state + row)
         row_sum = tl.load(row_state + rows + row)
         weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
@@ -376,12 +377,12 @@ def scale_rows_kernel(
     gradient, upstream, scalars,
     rows_inner, V, stride_outer, stride_row, stride_column, slice_tiles, VARIANT: tl.constexpr,
 ):  # fmt: skip
-    """`gradient` was formed for the upstream gradient expected by `scalars`, or for 1 without them."""
-    factor = tl.load(upstream).to(tl.float32)
-    if scalars is not None:
-        factor = factor / tl.load(scalars + 6)
-    if factor == 1.0:
+    """`gradient` was formed for the upstream gradient that `scalars` expects."""
+    upstream_value = tl.load(upstream).to(tl.float32)
+    expected = tl.load(scalars + 6)
+    if upstream_value == expected:
         return
+    factor = tl.div_rn(upstream_value, expected)
     BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
     offset = row_offset(tl.program_id(0), rows_inner, stride_outer, stride_row)
     slice_index = tl.program_id(1)

@@ -12,8 +12,10 @@ SLICES = "slices"
 KERNELS = (SINGLE_PASS, TWO_PASSES, SLICES)
 
 # Clusters (num_ctas > 1) whose reductions go through distributed shared memory: on sm_90 and later, from Triton 3.9 on.
-# 3.8 compiles the smaller half of them, 3.6 and 3.7 none.
+# 3.8 compiles the smaller half of them, 3.6 and 3.7 none. By themselves they are chosen only where a recorded run on a
+# GPU has shown them right: on an H100 (benchmarks/results/nvidia-h100-80gb-hbm3/doctor-kit.json).
 CLUSTER_CAPABILITY = (9, 0)
+CLUSTERS_SHOWN_RIGHT = ((9, 0),)
 HOPPER = 9  # the major capability whose choices were measured, on an H100
 HELD_CAPABILITY = (8, 0)  # NVIDIA; not tried elsewhere
 CLUSTER_TRITON = (3, 9)
@@ -73,13 +75,14 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def plan_loss_and_gradient(
+def plan_loss(
     rows: int,
     vocab_size: int,
     itemsize: int,
     device: Device,
     triton_version: tuple[int, int],
     *,
+    gradient: bool = True,
     smoothing: bool = False,
     transform: bool = False,
     stats: bool = False,
@@ -87,30 +90,46 @@ def plan_loss_and_gradient(
     unit_stride: bool = True,
     vectors: bool = True,
     head: bool = False,
+    clusters: bool | None = None,
+    only: str | None = None,
+    warps: int | None = None,
+    ctas: int = 1,
 ) -> list[RowLaunch]:
-    """The launches that can form loss and gradient of `rows`, best first; the last one compiles everywhere.
+    """The launches that can form the loss of `rows`, best first; the last one compiles everywhere.
 
     Args:
+        gradient: its gradient too.
         smoothing: the weights are streamed too.
         transform: softcap, or a scale of the logits.
         unit_stride, vectors: as for `plan_rows`.
         head: rows do not all start on 16 bytes.
+        clusters: rows may be held by more than one block of threads; None: where that has been shown right.
+        only: the one kernel of KERNELS that may be chosen, wherever it can serve. Rows are then held by `ctas` blocks
+            of `warps` warps, of as many as the planner would take by default.
     """
+    if only not in (None, *KERNELS):
+        raise ValueError(f"only is {only!r}; accepted are {', '.join(KERNELS)}, or None")
+    # Smoothing and softcap take more registers than are left beside a held row.
+    can_hold = gradient and vectors and not smoothing and not transform
+    if only == SINGLE_PASS and can_hold:
+        warps = HELD_SHAPES[itemsize][0][0] if warps is None else warps
+        return [held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=None, head=head)]
     two_passes = plan_rows(
-        rows,
+        MANY_ROWS if only == TWO_PASSES else rows,
         vocab_size,
         itemsize,
         device.multiprocessors,
-        two_passes=True,
+        two_passes=gradient or smoothing,
         smoothing=smoothing,
         unit_stride=unit_stride,
         vectors=vectors,
         warp_size=device.warp_size,
     )
     found = [two_passes]
-    # Smoothing and softcap take more registers than are left beside a held row: they spill.
-    if vectors and not smoothing and not transform:
-        held = plan_held_row(vocab_size, itemsize, device, triton_version, head=head, stats=stats, z_loss=z_loss)
+    if can_hold and only is None:
+        held = plan_held_row(
+            vocab_size, itemsize, device, triton_version, head=head, stats=stats, z_loss=z_loss, clusters=clusters
+        )
         # Few rows: a cluster each must give every multiprocessor two programs, or else slices fill them better.
         if held is not None and rows * held.ctas >= 2 * device.multiprocessors:
             near = two_passes.kernel == TWO_PASSES and reads_again_near(two_passes, vocab_size * itemsize, device)
@@ -137,12 +156,17 @@ def plan_held_row(
     head: bool = False,
     stats: bool = False,
     z_loss: bool = False,
+    clusters: bool | None = None,
 ) -> RowLaunch | None:
-    """How a row of 16-byte vectors is held on chip; None where it does not fit, or the compiler lacks what it takes."""
+    """How a row of 16-byte vectors is held on chip; None where it does not fit, or the compiler lacks what it takes.
+
+    `clusters` as for `plan_loss`.
+    """
     if device.capability < HELD_CAPABILITY or vocab_size * itemsize < MIN_HELD_BYTES:
         return None
-    clusters = device.capability >= CLUSTER_CAPABILITY and triton_version >= CLUSTER_TRITON
-    max_ctas = MAX_CLUSTER if clusters else 1
+    compiled = device.capability >= CLUSTER_CAPABILITY and triton_version >= CLUSTER_TRITON
+    wanted = device.capability in CLUSTERS_SHOWN_RIGHT if clusters is None else clusters
+    max_ctas = MAX_CLUSTER if compiled and wanted else 1
     comfortable = COMFORTABLE_ON_HOPPER if device.capability[0] == HOPPER else COMFORTABLE
     for warps, shapes in HELD_SHAPES[itemsize]:
         threads = warps * device.warp_size
@@ -153,7 +177,7 @@ def plan_held_row(
             sm_100 = device.capability >= (10, 0)
             if (stats or z_loss or sm_100) and columns <= COMFORTABLE:
                 registers += EXTRA_FOR_MANY_COLUMNS if sm_100 and columns > MANY_COLUMNS else EXTRA_REGISTERS
-            elif z_loss and ctas == 1 and columns > COMFORTABLE:
+            elif z_loss and not sm_100 and ctas == 1 and columns > COMFORTABLE:
                 registers += EXTRA_IN_ONE_BLOCK
             return held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=registers, head=head)
     return None

@@ -267,7 +267,7 @@ def store_target_column(
 
     No race: a row's slices are disjoint, so only this program writes the column; and this block has the layout of the
     bulk store's, so that the thread that wrote the column in bulk writes it again, later in program order. A store by
-    any other thread would need more than the barrier, which on AMD does not wait for stores.
+    any other thread would need more than a barrier, which on AMD does not wait for stores.
     """
     BLOCK: tl.constexpr = VARIANT.lanes * VARIANT.vector
     column = y - head
@@ -275,7 +275,6 @@ def store_target_column(
         _, columns = block_columns(column // BLOCK * BLOCK, VARIANT)
         pointers = gradient_interior + column_offsets(columns, stride_column, VARIANT)
         values = tl.full((VARIANT.lanes, VARIANT.vector), 0.0, tl.float32) + g_y
-        tl.debug_barrier()
         tl.store(pointers, values.to(gradient_row.dtype.element_ty), mask=columns == column)
 
 
@@ -331,6 +330,8 @@ def row_gradient(
             g_y -= smoothing_factor * w_y
         if VARIANT.softcap or VARIANT.scale:
             g_y = g_y * transform_derivative(x_y, logit_scale, softcap, VARIANT)
+        # In place: all threads have read the edge columns before one of them overwrites them.
+        tl.debug_barrier()
         store_target_column(gradient_row, gradient_interior, head, begin, end, y, g_y, gradient_stride_column, VARIANT)
         if VARIANT.edges:
             pointers = gradient_row + column_offsets(column, gradient_stride_column, VARIANT)

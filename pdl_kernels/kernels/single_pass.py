@@ -9,6 +9,9 @@ two-dimensional ones through shared memory over and over.
 
 Every warp forms (max, sum) of its own columns; one reduction over all warps, of both numbers in one word, gives the
 row's. It is the only exchange between the blocks of a cluster.
+
+Label smoothing, softcap and a scale of the logits take more registers than are left beside a held row: the planner does
+not choose this kernel for them, and it has no branches for them.
 """
 
 import triton
@@ -23,8 +26,6 @@ from pdl_kernels.kernels.rows import (
     exp_difference,
     exp_terms,
     row_factors,
-    transform_derivative,
-    transformed,
     with_upstream,
 )
 from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, interior_bounds, interior_pointer, row_offset
@@ -197,26 +198,6 @@ def store_chunk(gradient_interior, values, columns, CHUNK: tl.constexpr, VARIANT
         tl.store(pointers, values.to(gradient_interior.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def gradient_of(x, terms, column, exists, log_sum, reference, smoothing_factor, weights, logit_scale, softcap,
-                VARIANT: tl.constexpr):  # fmt: skip
-    """dL/dx but for the target's own term, from terms = p_j times the row's factor; and w_j (lse - z_j)."""
-    g = terms
-    smoothing = 0.0
-    if VARIANT.smoothing:
-        if weights is not None:
-            w = tl.load(weights + column, mask=exists, other=0.0).to(tl.float32)
-        else:
-            w = tl.where(exists, 1.0, 0.0)
-        z = transformed(x, logit_scale, softcap, VARIANT)
-        # Columns of weight 0 add 0 even where z is -inf.
-        smoothing = tl.where(w != 0.0, w * ((reference - z) + log_sum), 0.0)
-        g = g - smoothing_factor * w
-    if VARIANT.softcap or VARIANT.scale:
-        g = g * transform_derivative(x, logit_scale, softcap, VARIANT)
-    return g, smoothing
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def single_pass_rows_kernel(
     logits, gradient, targets, weights, token_weights, scalars,
@@ -239,7 +220,7 @@ def single_pass_rows_kernel(
     gradient_offset = row_offset(row, rows_inner, gradient_stride_outer, gradient_stride_row)
     gradient_row = gradient + gradient_offset
     gradient_interior = interior_pointer(gradient, gradient_offset, head, True, VARIANT)
-    y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
+    y, _w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
         row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
     )
     expected_upstream = tl.load(scalars + 6)
@@ -255,8 +236,7 @@ def single_pass_rows_kernel(
         chunks = ()
         for chunk in tl.static_range(CHUNKS):
             chunks = chunks + (load_chunk(interior, columns, chunk, VARIANT),)
-        # x decides the maximum: the transform is increasing. It starts at the lowest finite value and not at -inf, as
-        # in row_max_and_sum.
+        # It starts at the lowest finite value and not at -inf, as in row_max_and_sum.
         lane_max = tl.maximum(lane_maxima(chunks, logits.dtype.element_ty, VARIANT), -LARGEST)  # (lanes,)
         if VARIANT.edges:
             edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
@@ -264,8 +244,7 @@ def single_pass_rows_kernel(
             lane_max = tl.maximum(lane_max, edge_x)
 
         warp_max = tl.max(warp_view(lane_max, VARIANT), 1)  # (warps,)
-        warp_reference = transformed(warp_max, logit_scale, softcap, VARIANT)
-        lane_reference = over_lanes(warp_reference, VARIANT)
+        lane_reference = over_lanes(warp_max, VARIANT)
         rate, shift, correction = exp_terms(lane_reference)
         if VARIANT.hold_exps:
             sixteen, upper_half = 16, -65536
@@ -275,15 +254,12 @@ def single_pass_rows_kernel(
                 sixteen = half_spread(sixteen, VARIANT)
                 upper_half = half_spread(upper_half, VARIANT)
         rates, shifts = spread(rate, VARIANT), spread(shift, VARIANT)
-        first, index = chunk_columns(VARIANT)
+        index = tl.arange(0, SIZE)
         held = ()
         sums = tl.full((SIZE,), 0.0, tl.float32)
         for chunk in tl.static_range(CHUNKS):
             x = chunk_values(chunks[chunk], sixteen, upper_half, logits.dtype.element_ty, VARIANT)
-            z = transformed(x, logit_scale, softcap, VARIANT)
-            if VARIANT.softcap and chunk >= VARIANT.full_chunks:
-                z = tl.where(first < columns - chunk * SIZE, z, float("-inf"))  # a missing column is no capped -inf
-            terms = tl.math.exp2(tl.fma(z, rates, -shifts))
+            terms = tl.math.exp2(tl.fma(x, rates, -shifts))
             if chunk == 0:
                 sums = terms
             else:
@@ -292,77 +268,43 @@ def single_pass_rows_kernel(
                 held = held + (terms,)
         lane_sum = tl.sum(lane_view(sums, VARIANT), 1) * correction
         if VARIANT.edges:
-            edge_z = tl.where(edge_exists, transformed(edge_x, logit_scale, softcap, VARIANT), float("-inf"))
-            lane_sum += exp_difference(edge_z, lane_reference)
+            lane_sum += exp_difference(edge_x, lane_reference)
 
         warp_sum = tl.sum(warp_view(lane_sum, VARIANT), 1)
-        reference, row_sum = unpacked(tl.reduce(packed(warp_reference, warp_sum), 0, merge))
+        row_max, row_sum = unpacked(tl.reduce(packed(warp_max, warp_sum), 0, merge))
         row_sixteen, row_upper_half = opaque_constants(row_sum)
         # A row that holds +inf is nan throughout, as in torch, also where the maximum passed it over.
         row_sum = tl.where(row_sum == float("inf"), float("nan"), row_sum)
-        row_max = reference
-        if VARIANT.softcap or VARIANT.scale:
-            row_max = tl.max(warp_max)
-        log_sum = LN2 * tl.math.log2(row_sum)
-        weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
-        smoothing = tl.full((), 0.0, tl.float32)
         writes = active
         if VARIANT.z_loss:
             # Always true, which the compiler cannot know: without a branch here it spills.
             writes = active & (rows > 0)
         if writes:
-            gradient_factor, spread_factor, z_gradient_factor = with_upstream(
+            gradient_factor, smoothing_factor, z_gradient_factor = with_upstream(
                 target_factor, smoothing_factor, z_factor, expected_upstream, VARIANT
             )
-            common = 0.0  # what the smoothing and z-loss terms add to every column's factor
-            if VARIANT.smoothing:
-                common += spread_factor * weight_total
+            common = 0.0  # what the z-loss adds to every column's factor
             if VARIANT.z_loss:
-                common += 2.0 * z_gradient_factor * (reference + log_sum)
+                common += 2.0 * z_gradient_factor * (row_max + LN2 * tl.math.log2(row_sum))
             factor = (gradient_factor + common) / row_sum
-            row_rate, row_shift, row_correction = exp_terms(reference)
+            row_rate, row_shift, row_correction = exp_terms(row_max)
             if VARIANT.hold_exps:
-                scales = spread(factor * correction * exp_difference(lane_reference, reference), VARIANT)
+                scales = spread(factor * correction * exp_difference(lane_reference, row_max), VARIANT)
             else:
                 scales = factor * row_correction
-            smoothing_sums = tl.full((SIZE,), 0.0, tl.float32)
             for chunk in tl.static_range(CHUNKS):
                 if VARIANT.hold_exps:
-                    x = held[chunk]  # not looked at: neither smoothing nor a transform of the logits
                     terms = held[chunk] * scales
                 else:
                     x = chunk_values(chunks[chunk], row_sixteen, row_upper_half, logits.dtype.element_ty, VARIANT)
-                    z = transformed(x, logit_scale, softcap, VARIANT)
-                    terms = tl.math.exp2(tl.fma(z, row_rate, -row_shift)) * scales
-                g, chunk_smoothing = gradient_of(
-                    x, terms, head + chunk * SIZE + index, index < columns - chunk * SIZE, log_sum, reference,
-                    spread_factor, weights, logit_scale, softcap, VARIANT,
-                )  # fmt: skip
-                if VARIANT.smoothing:
-                    smoothing_sums += chunk_smoothing
-                store_chunk(gradient_interior, g, columns, chunk, VARIANT)
+                    terms = tl.math.exp2(tl.fma(x, row_rate, -row_shift)) * scales
+                store_chunk(gradient_interior, terms, columns, chunk, VARIANT)
                 if MANY_CHUNKS and chunk % 8 == 7:
                     tl.debug_barrier()
-            if VARIANT.edges:
-                edge_terms = tl.math.exp2(tl.fma(edge_z, row_rate, -row_shift)) * (factor * row_correction)
-                edge_g, edge_smoothing = gradient_of(
-                    edge_x, edge_terms, edge, edge_exists, log_sum, reference, spread_factor, weights, logit_scale,
-                    softcap, VARIANT,
-                )  # fmt: skip
-            if VARIANT.smoothing:
-                lane_smoothing = tl.sum(lane_view(smoothing_sums, VARIANT), 1)
-                if VARIANT.edges:
-                    lane_smoothing += edge_smoothing
-                smoothing = tl.sum(lane_smoothing)
 
-            z_y = transformed(x_y, logit_scale, softcap, VARIANT)
-            exp_y = exp_difference(z_y, reference)
+            exp_y = exp_difference(x_y, row_max)
             # p_y - 1 is formed in float32 from the sum without the target, and stored once.
             g_y = (common * exp_y - gradient_factor * (row_sum - exp_y)) / row_sum
-            if VARIANT.smoothing:
-                g_y -= spread_factor * w_y
-            if VARIANT.softcap or VARIANT.scale:
-                g_y = g_y * transform_derivative(x_y, logit_scale, softcap, VARIANT)
             # Written over the bulk store's value. No race: this store has the shape of the bulk stores and hence their
             # layout, so that the thread that wrote the column in bulk writes it again, later in program order. A store
             # by any other thread would need a barrier of the whole cluster.
@@ -376,11 +318,12 @@ def single_pass_rows_kernel(
                     mask=index == column - target_chunk,
                 )
             if VARIANT.edges:
+                edge_g = tl.math.exp2(tl.fma(edge_x, row_rate, -row_shift)) * (factor * row_correction)
                 edge_g = tl.where(edge == y, g_y, edge_g)
                 tl.store(gradient_row + edge, edge_g.to(gradient.dtype.element_ty), mask=edge_exists)
         store_row_results(
             row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
-            target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT,
+            target_factor, smoothing_factor, z_factor, 0.0, logit_scale, softcap, VARIANT,
         )  # fmt: skip
     else:
         store_unread_row(row, rows, row_loss, row_state, row_stats, invalid, VARIANT)

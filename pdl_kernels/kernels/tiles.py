@@ -24,6 +24,14 @@ def slice_bounds(slice_index, slice_tiles, columns, VARIANT: tl.constexpr):
 
 
 @triton.jit
+def owns_column(column, head, columns, begin, end, slice_index):
+    """Whether the slice with interior columns [begin, end) writes this column; the first one has the edges too."""
+    interior = column - head
+    is_edge = (interior < 0) | (interior >= columns)
+    return ((interior >= begin) & (interior < end)) | (is_edge & (slice_index == 0))
+
+
+@triton.jit
 def row_offset(row, rows_inner, stride_outer, stride_row):
     """Elements from the tensor's start to row `row` of (rows_outer, rows_inner, V), in 64 bits."""
     outer = (row // rows_inner).to(tl.int64)

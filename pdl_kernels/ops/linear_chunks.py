@@ -17,6 +17,7 @@ from pdl_kernels.ops.cross_entropy import check_targets
 from pdl_kernels.ops.products import add_product
 from pdl_kernels.ops.row_sampling import sample_rows
 from pdl_kernels.options import (
+    EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,
     INVERSE_Z_DENOMINATOR,
     WEIGHT_TOTAL,
@@ -98,11 +99,14 @@ class Run:
             None,
         )
 
-    def forward(self, normalizer: Tensor | float | None) -> tuple[LinearOutputs, Gradients, Tensor | None]:
-        """The loss; the gradients for an upstream gradient of 1, of the rows in the third result (None: all rows)."""
+    def forward(
+        self, normalizer: Tensor | float | None, expected_upstream: Tensor | float = 1.0
+    ) -> tuple[LinearOutputs, Gradients, Tensor | None]:
+        """The loss; the gradients for the expected upstream gradient, of the rows in the third result (None: all)."""
         check_targets(self.inputs.targets, self.vocab_size, self.options.ignore_index)
         with torch.no_grad(), torch.autocast(self.inputs.hidden.device.type, enabled=False):
-            scalars, token_count = self.backend.denominators(self.tokens._replace(normalizer=normalizer), self.options)
+            tokens = self.tokens._replace(normalizer=normalizer, expected_upstream=expected_upstream)
+            scalars, token_count = self.backend.denominators(tokens, self.options)
             return self._forward(scalars, token_count)
 
     def gradients_again(self, scalars: Tensor) -> tuple[Gradients, Tensor | None]:
@@ -195,8 +199,13 @@ class Run:
                 sums.add(chunk, logits[0], hidden[chunk])
             return sums.gradients, index
 
-    def finish(self, gradients: Gradients, index: Tensor | None, upstream: Tensor | None) -> list[Tensor | None]:
-        """Gradients times the 0-d `upstream`, in the parameters' dtypes and shapes. The input is used up."""
+    def finish(
+        self, gradients: Gradients, index: Tensor | None, scalars: Tensor, upstream: Tensor | None
+    ) -> list[Tensor | None]:
+        """Gradients in the parameters' dtypes and shapes, made right for the 0-d `upstream`. The input is used up.
+
+        They were formed for the upstream gradient that `scalars` expects; None: they are right already.
+        """
         if index is not None and index.numel() == 0:
             upstream = None  # 0 * inf must not appear
         finished: list[Tensor | None] = []
@@ -204,21 +213,21 @@ class Run:
             if gradient is None or parameter is None:
                 finished.append(None)
                 continue
-            gradient = self._finish_one(gradient, parameter.dtype, upstream)
+            gradient = self._finish_one(gradient, parameter.dtype, scalars, upstream)
             if number == 0 and index is not None:
                 zeros = gradient.new_zeros(self.tokens.rows, self.hidden_size)
                 gradient = zeros.index_copy_(0, index, gradient)
             finished.append(gradient.reshape(parameter.shape))
         return finished
 
-    def _finish_one(self, gradient: Tensor, dtype: torch.dtype, upstream: Tensor | None) -> Tensor:
+    def _finish_one(self, gradient: Tensor, dtype: torch.dtype, scalars: Tensor, upstream: Tensor | None) -> Tensor:
         if upstream is None:
             return gradient.to(dtype)
         if gradient.dtype != dtype:
-            return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+            factor = upstream / scalars[EXPECTED_UPSTREAM]
+            return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
         if gradient.numel() > 0:
-            rows = gradient.reshape(1, -1, gradient.shape[-1])
-            self.backend.adjust(None, self.options, None, None, upstream, rows)
+            self.backend.scale(gradient.reshape(1, -1, gradient.shape[-1]), scalars, upstream)
         return gradient
 
     # Rows
@@ -307,6 +316,7 @@ class Run:
             u = counted if self.tokens.token_weights is None else torch.where(counted, self.tokens.token_weights, 0)
             z_term = 2 * self.options.z_loss * u.to(scalars.dtype).abs().amax()
             largest = torch.maximum(largest, z_term * scalars[INVERSE_Z_DENOMINATOR].abs() if divided else z_term)
+        largest = largest * scalars[EXPECTED_UPSTREAM].abs()
         usable = (largest > 0) & largest.isfinite()
         exponent = -torch.frexp(torch.where(usable, largest, 1)).exponent
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-40, 40))

@@ -1,12 +1,16 @@
-"""The loss fused with the output projection as functional operators, for torch.compile: no graph break, no mutation."""
+"""The loss fused with the output projection as functional operators, for tensors that are traced: no mutation."""
 
+import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pdl_kernels.backends import choose_backend
 from pdl_kernels.ops.linear_chunks import Gradients, Run
+from pdl_kernels.ops.tracing import number_as_tensor
 from pdl_kernels.options import SCALARS, LinearInputs, LinearOptions, LinearOutputs, LossOptions
 
 
@@ -19,7 +23,10 @@ def forward(
     dtype: torch.dtype,
     needs: tuple[bool, ...],
 ) -> LinearOutputs:
-    outputs = _forward_operator(*inputs, normalizer, *options, *linear, backend, dtype, *needs)
+    if not torch.compiler.is_compiling():
+        _share_flop_formulas()
+    denominator = number_as_tensor(normalizer, inputs.hidden)
+    outputs = _forward_operator(*inputs, denominator, *options, *linear, backend, dtype, *needs)
     return LinearOutputs(*outputs[:4])
 
 
@@ -100,6 +107,7 @@ def _(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _share_flop_formulas()  # with whoever counts a graph that is recorded here
     result = torch.float64 if dtype == torch.float64 else torch.float32
     rows = targets.numel()
     per_row = reduction == "none"
@@ -154,26 +162,26 @@ def _backward_operator(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if reduction != "none":
-        parameters = zip(
-            (to_hidden, to_weight, to_bias),
-            (hidden, lm_head_weight, bias),
-            (needs_hidden, needs_weight, needs_bias),
-            strict=True,
-        )
+    needs = (needs_hidden, needs_weight, needs_bias)
+    parameters = (hidden, lm_head_weight, bias)
+    wanted = [parameter if needed else None for parameter, needed in zip(parameters, needs, strict=True)]
+    pairs = list(zip(wanted, (to_hidden, to_weight, to_bias), strict=True))
+    # Where the call was recorded, fewer gradients may have been needed than here: then they do not wait.
+    if reduction != "none" and all(p is None or gradient.numel() == p.numel() for p, gradient in pairs):
         scaled = [
-            (gradient * upstream).to(parameter.dtype).reshape(parameter.shape)
-            if needed and parameter is not None
-            else upstream.new_empty(0)
-            for gradient, parameter, needed in parameters
+            upstream.new_empty(0) if p is None else (gradient * upstream).to(p.dtype).reshape(p.shape)
+            for p, gradient in pairs
         ]
         return scaled[0], scaled[1], scaled[2]
     options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_stats)
     linear = LinearOptions(chunk_size, accumulate_dtype, compact, row_sampling)
     inputs = LinearInputs(hidden, lm_head_weight, bias, targets, weights, token_weights, seed)
     backend = choose_backend(backend, hidden.device, dtype)
-    run = Run(inputs, options, linear, backend, dtype, (needs_hidden, needs_weight, needs_bias))
-    finished = run.finish(*run.backward_rows(upstream, row_state, scalars), None)
+    run = Run(inputs, options, linear, backend, dtype, needs)
+    if reduction == "none":
+        finished = run.finish(*run.backward_rows(upstream, row_state, scalars), scalars, None)
+    else:
+        finished = run.finish(*run.gradients_again(scalars), scalars, upstream)
     first, second, third = (_or_empty(gradient, upstream) for gradient in finished)
     return first.contiguous(), second, third
 
@@ -190,7 +198,7 @@ def _(upstream: Tensor, hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | N
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, settings = inputs[:7], inputs[8:]
+    tensors, settings = inputs[:7], inputs[8:-3]
     _, row_state, scalars, _, *gradients = output
     ctx.save_for_backward(*tensors, row_state, scalars, *gradients)
     ctx.mark_non_differentiable(*output[1:])
@@ -198,8 +206,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _operator_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients = _backward_operator(upstream, *ctx.saved_tensors, *ctx.settings)
-    needs = ctx.settings[-3:]
+    needs = ctx.needs_input_grad[:3]
+    gradients = _backward_operator(upstream, *ctx.saved_tensors, *ctx.settings, *needs)
     wanted = tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
     return (*wanted, *(None,) * 21)
 
@@ -214,3 +222,63 @@ def _refuse_double_backward(ctx: Any, *_: Any) -> None:
 
 
 _backward_operator.register_autograd(_refuse_double_backward)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Floating point operations, as torch.utils.flop_counter.FlopCounterMode counts those of F.linear: of matrix products
+# alone, two for each multiplication and addition, and of every token, whether it contributes or not.
+
+
+def _forward_flops(hidden: Any, lm_head_weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    to_hidden, to_weight = out_shape[4:6]
+    return _products(hidden, lm_head_weight, 1 + (len(to_hidden) == 2) + (len(to_weight) == 2))
+
+
+def _backward_flops(
+    upstream: Any,
+    hidden: Any,
+    lm_head_weight: Any,
+    bias: Any,
+    targets: Any,
+    weights: Any,
+    token_weights: Any,
+    seed: Any,
+    row_state: Any,
+    scalars: Any,
+    to_hidden: Any,
+    to_weight: Any,
+    to_bias: Any,
+    *_: Any,
+    out_shape: Any,
+    **__: Any,
+) -> int:
+    found, waiting = map(math.prod, out_shape), map(math.prod, (to_hidden, to_weight, to_bias))
+    if all(size in (0, waits) for size, waits in zip(found, waiting, strict=True)):
+        return 0  # forward has formed them
+    first, second, _bias = out_shape
+    return _products(hidden, lm_head_weight, 1 + (math.prod(first) > 0) + (math.prod(second) > 0))
+
+
+def _products(hidden: Any, lm_head_weight: Any, number: int) -> int:
+    return 2 * number * math.prod(hidden[:-1]) * math.prod(lm_head_weight)
+
+
+_FLOP_FORMULAS = {
+    torch.ops.pdl_kernels.linear_cross_entropy: _forward_flops,
+    torch.ops.pdl_kernels.linear_cross_entropy_backward: _backward_flops,
+}
+
+
+def _share_flop_formulas() -> None:
+    """Register the formulas where the counter is imported; importing it for that would import Triton."""
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    for operator, formula in _FLOP_FORMULAS.items():
+        if operator not in counting.flop_registry:
+            counting.register_flop_formula(operator)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, counting.FlopCounterMode):  # has copied what was registered when it was made
+            for operator in _FLOP_FORMULAS:
+                counter.flop_registry.setdefault(operator, counting.flop_registry[operator])

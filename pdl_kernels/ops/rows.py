@@ -1,19 +1,20 @@
 """Logits of any shape and strides as rows, and memory for their gradient."""
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def as_rows(logits: Tensor) -> Tensor:
     """(..., V) as (rows_outer, rows_inner, V), a view unless the leading dimensions cannot be merged into two."""
-    V = logits.shape[-1]
-    leading = logits.shape[:-1]
-    if logits.dim() == 1:
-        return logits.view(1, 1, V)
     if logits.dim() == 2:
         return logits.unsqueeze(0)
+    *leading, V = logits.shape
+    if not leading:
+        return logits.view(1, 1, V)
     if logits.numel() == 0:
-        return logits.reshape(1, leading.numel(), V)
+        return logits.reshape(1, math.prod(leading), V)
     # Merge neighbouring dimensions where one stride steps through both.
     shape: list[int] = []
     strides: list[int] = []
@@ -27,7 +28,7 @@ def as_rows(logits: Tensor) -> Tensor:
             shape.append(size)
             strides.append(stride)
     if len(shape) > 2:
-        return logits.reshape(1, leading.numel(), V)
+        return logits.reshape(1, math.prod(leading), V)
     while len(shape) < 2:
         shape.insert(0, 1)
         strides.insert(0, 0)
@@ -40,6 +41,8 @@ def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
     Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
     elements share memory; contiguous then.
     """
+    if rows.is_contiguous():
+        return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     steps = sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True) if size > 1)
     span = 1  # elements from the first to the last
     apart = True
@@ -51,14 +54,13 @@ def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
-def same_rows(logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def same_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (rows_outer, rows_inner, V) of one shape; a view of the gradient, whose rows were once the logits'."""
-    rows = as_rows(logits)
     try:
         return rows, gradient.view(rows.shape)
     except RuntimeError:  # a hook on saved tensors returned the logits with other strides
         row_gradient = as_rows(gradient)
-        return logits.reshape(row_gradient.shape), row_gradient
+        return rows.reshape(row_gradient.shape), row_gradient
 
 
 def share_storage(one: Tensor, other: Tensor) -> bool:
