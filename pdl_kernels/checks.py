@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pdl_kernels.backends import BACKENDS
-from pdl_kernels.options import LARGEST_EXPECTED, REDUCTIONS, SMALLEST_EXPECTED, LossOptions
+from pdl_kernels.options import REDUCTIONS, LossOptions
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int32, torch.int64)
+FLOAT32 = torch.finfo(torch.float32)
 TORCH_NAMES = {"weight": "weights", "target": "targets", "input": "logits"}
 
 
@@ -186,7 +187,7 @@ def check_expected_upstream(value: float | Tensor, device: torch.device, *, trac
         _check_scalar("expected_upstream", value)
         return 1.0 if traced else _scalar_on(device, value)
     _check_real("expected_upstream", value, "a finite number other than 0 or a 0-d tensor")
-    if not SMALLEST_EXPECTED <= abs(value) <= LARGEST_EXPECTED:
+    if not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:  # kernels divide by it
         raise ValueError(
             f"expected_upstream is {value}; accepted are finite numbers other than 0, in float32's range: the number "
             "that the loss is multiplied by before backward"

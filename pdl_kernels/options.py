@@ -115,6 +115,3 @@ SCALARS = (
     "expected_upstream",  # the upstream gradient that forward forms the gradient for, neither 0, infinite nor nan
 )
 INVERSE_DENOMINATOR, INVERSE_Z_DENOMINATOR, WEIGHT_TOTAL, NLL, ACCURACY, WEIGHT_SUM, EXPECTED_UPSTREAM = range(7)
-
-# Magnitudes that can be divided by in float32. Where a tensor holds another as the expected upstream gradient, 1 is.
-SMALLEST_EXPECTED, LARGEST_EXPECTED = 2.0**-126, 3.4028234663852886e38

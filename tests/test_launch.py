@@ -1,10 +1,13 @@
 """The launch planner and the alignment rules: pure functions of sizes and strides."""
 
+import inspect
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from pdl_kernels.eager import cross_entropy as eager
 from pdl_kernels.kernels import launch, planner
 from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions, RowOutputs
@@ -65,8 +68,14 @@ def test_the_product_of_a_capped_logit_is_not_fused_with_what_follows(monkeypatc
     outputs = RowOutputs(logits.new_empty(8), logits.new_empty(2, 8), None)
     for rows in (planner.MANY_ROWS, 1):  # whole rows; slices
         plan = launch.make_plan(logits, options, logits, planner.plan_rows(rows, 8192, 4, SMS, two_passes=True), device)
-        launch._launch_loss_rows(plan, inputs, options, logits.new_empty(7), logits, outputs)
+        launch._launch_loss_rows(plan, inputs, logits.new_empty(7), logits, outputs)
     assert given == [fused] * 4
+
+
+def test_both_backends_offer_the_same_functions():
+    for name in ("forward", "backward", "scale", "denominators", "loss_rows", "reduce_rows"):
+        ours, eagers = (inspect.signature(getattr(module, name)) for module in (launch, eager))
+        assert list(ours.parameters) == list(eagers.parameters), name
 
 
 def test_a_load_per_column_takes_half_the_threads():

@@ -8,6 +8,7 @@ replaced by zeros before any arithmetic.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -20,10 +21,8 @@ from pdl_kernels.options import (
     EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,
     INVERSE_Z_DENOMINATOR,
-    LARGEST_EXPECTED,
     NLL,
     SCALARS,
-    SMALLEST_EXPECTED,
     WEIGHT_SUM,
     WEIGHT_TOTAL,
     LossInputs,
@@ -109,11 +108,11 @@ def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tens
     scalars, token_count = _denominators(inputs, options, _rows(inputs, options))
     expected = inputs.expected_upstream
     if isinstance(expected, float):
-        scalars[EXPECTED_UPSTREAM].fill_(expected)  # an assignment would wait for a GPU
+        usable = expected != 0 and math.isfinite(expected)
+        scalars[EXPECTED_UPSTREAM].fill_(expected if usable else 1)  # an assignment would wait for a GPU
     else:
         expected = expected.to(scalars.dtype)
-        usable = (expected.abs() >= SMALLEST_EXPECTED) & (expected.abs() <= LARGEST_EXPECTED)  # no nan either
-        scalars[EXPECTED_UPSTREAM].copy_(torch.where(usable, expected, 1))
+        scalars[EXPECTED_UPSTREAM].copy_(torch.where((expected != 0) & expected.isfinite(), expected, 1))
     return scalars, token_count
 
 

@@ -61,11 +61,14 @@ class Variant(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a launch of row kernels needs beside its tensors and numbers."""
+    """What a launch of row kernels needs beside its tensors. The numbers are in the order of the kernels' arguments."""
 
     launch: RowLaunch
     variant: Variant
     compile_options: dict[str, Any]
+    shape: tuple[int, ...]  # rows, rows_inner, V, and the strides of the logits
+    gradient_strides: tuple[int, ...]
+    numbers: tuple[float, ...]  # of the options
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,7 +115,7 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
     if rows > 0:
         with on_device(inputs.logits):
             *better, last = loss_plans(inputs, options, gradient)
-            arguments = inputs, options, scalars, gradient, outputs
+            arguments = inputs, scalars, gradient, outputs
             if not any(_compiled(plan, *arguments) for plan in better):
                 _launch_loss_rows(last, *arguments)
     return outputs
@@ -151,9 +154,7 @@ def backward(
     if inputs.rows > 0:
         with on_device(inputs.logits):
             plan = gradient_plan(inputs, options, gradient)
-            _launch_gradient_rows(
-                plan, inputs, options, row_state, scalars, upstream, gradient, unless_expected=unless_expected
-            )
+            _launch_gradient_rows(plan, inputs, row_state, scalars, upstream, gradient, unless_expected=unless_expected)
 
 
 def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
@@ -177,40 +178,37 @@ def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
 def _launch_loss_rows(
     plan: Plan,
     inputs: LossInputs,
-    options: LossOptions,
     scalars: Tensor,
     gradient: Tensor | None,
     outputs: RowOutputs,
 ) -> None:
     logits, *row_tensors = inputs[:4]
-    rows, shape, numbers, slices = inputs.rows, _shape(inputs), _numbers(options), plan.launch.slices
+    launch, variant, compile_options, shape, gradient_strides, numbers = plan
+    rows, slices = inputs.rows, launch.slices
     if slices == 1:
-        held = plan.launch.kernel == planner.SINGLE_PASS
-        kernel = single_pass_rows_kernel if held else kernels.loss_rows_kernel
+        kernel = single_pass_rows_kernel if launch.kernel == planner.SINGLE_PASS else kernels.loss_rows_kernel
         kernel[(rows,)](
-            logits, gradient, *row_tensors, scalars, *outputs, *shape, *_gradient_strides(gradient), *numbers,
-            plan.variant,
-            **plan.compile_options,
+            logits, gradient, *row_tensors, scalars, *outputs, *shape, *gradient_strides, *numbers, variant,
+            **compile_options,
         )  # fmt: skip
         return
     slice_state = scalars.new_empty(2, rows, slices)
     kernels.slice_rows_kernel[(rows, slices)](
-        logits, *row_tensors, scalars, slice_state, *shape, *numbers, plan.launch.slice_tiles, slices, plan.variant,
-        **plan.compile_options,
+        logits, *row_tensors, scalars, slice_state, *shape, *numbers, launch.slice_tiles, slices, variant,
+        **compile_options,
     )  # fmt: skip
     kernels.merge_rows_kernel[(rows,)](
         logits, *row_tensors, scalars, slice_state, *outputs, *shape, *numbers, slices, next_power_of_two(slices),
-        plan.variant,
-        num_warps=1, **fusion_options(plan.variant.softcap),
+        variant,
+        num_warps=1, **fusion_options(variant.softcap),
     )  # fmt: skip
     if gradient is not None:
-        _launch_gradient_rows(plan, inputs, options, outputs.state, scalars, None, gradient)
+        _launch_gradient_rows(plan, inputs, outputs.state, scalars, None, gradient)
 
 
 def _launch_gradient_rows(
     plan: Plan,
     inputs: LossInputs,
-    options: LossOptions,
     row_state: Tensor,
     scalars: Tensor,
     upstream: Tensor | None,  # None: the expected one
@@ -218,32 +216,13 @@ def _launch_gradient_rows(
     *,
     unless_expected: bool = False,
 ) -> None:
+    launch, variant, compile_options, shape, gradient_strides, numbers = plan
     upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-    kernels.gradient_rows_kernel[(inputs.rows, plan.launch.slices)](
+    kernels.gradient_rows_kernel[(inputs.rows, launch.slices)](
         inputs.logits, gradient, *inputs[1:4], scalars, row_state, upstream,
-        upstream_stride, *_shape(inputs), *_gradient_strides(gradient), *_numbers(options),
-        plan.launch.slice_tiles, unless_expected, plan.variant,
-        **plan.compile_options,
+        upstream_stride, *shape, *gradient_strides, *numbers, launch.slice_tiles, unless_expected, variant,
+        **compile_options,
     )  # fmt: skip
-
-
-def _shape(inputs: LossInputs) -> tuple[int, ...]:
-    logits = inputs.logits
-    return (inputs.rows, logits.shape[1], inputs.vocab_size, *logits.stride())
-
-
-def _gradient_strides(gradient: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 1) if gradient is None else gradient.stride()
-
-
-def _numbers(options: LossOptions) -> tuple[float, ...]:
-    return (
-        options.ignore_index,
-        float(options.label_smoothing),
-        float(options.z_loss),
-        float(options.softcap or 1.0),
-        float(options.logit_scale),
-    )
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -387,7 +366,21 @@ def _plan_gradient(logits: Tensor, rows: int, options: LossOptions, gradient: Te
 
 def make_plan(logits: Tensor, options: LossOptions, gradient: Tensor | None, launch: RowLaunch, device: Device) -> Plan:
     variant = make_variant(logits, options, gradient, launch)
-    return Plan(launch, variant, row_compile_options(launch, device.limits_registers, softcap=variant.softcap))
+    rows_outer, rows_inner, V = logits.shape
+    return Plan(
+        launch,
+        variant,
+        row_compile_options(launch, device.limits_registers, softcap=variant.softcap),
+        (rows_outer * rows_inner, rows_inner, V, *logits.stride()),
+        (0, 0, 1) if gradient is None else gradient.stride(),
+        (
+            options.ignore_index,
+            float(options.label_smoothing),
+            float(options.z_loss),
+            float(options.softcap or 1.0),
+            float(options.logit_scale),
+        ),
+    )
 
 
 @functools.cache
