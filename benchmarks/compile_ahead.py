@@ -2,7 +2,7 @@
 
     python -m benchmarks.compile_ahead --cache /tmp/pdl-kernels-cache/triton-3.9.0 --processes 2
 
-What it compiles is what the package's own launcher would launch for `pdl-kernels doctor --check` (whose kernels the
+What it compiles is what the package would launch for `pdl-kernels doctor --check` (whose kernels the
 benchmark of the loss shares) and for the sweep; nothing is launched. Triton finds an entry again if its own version and
 build, the kernels' source and the target are the same, and if the cache lies at the same path: it holds absolute ones.
 

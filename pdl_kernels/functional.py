@@ -114,7 +114,8 @@ def pdl_cross_entropy(
 
     Cost, in bytes per logit of b bytes: forward reads b; with a gradient it reads b once or twice, the second time
     meant to hit the second-level cache, and writes b. Kept for backward: the gradient and the logits, and 8 bytes a
-    token. Backward is free for the expected upstream gradient; another one costs one more read and write.
+    token. Backward is free for the expected upstream gradient; another one costs one more read and write, as does any
+    on the eager backend off the CPU, where comparing the two would wait for the device.
 
     Traced tensors (torch.compile, torch.export, FakeTensorMode, make_fx, torch.jit.trace, FlopCounterMode, meta
     tensors) meet two operators, "pdl_kernels::cross_entropy" and its backward, which mutate nothing.

@@ -26,7 +26,7 @@ from ptx_races import Call, Kernel
 from benchmarks.roofline.compile import Launch, compiled_launches
 from pdl_kernels.kernels import launch, planner
 from pdl_kernels.ops.cross_entropy import empty_gradient
-from pdl_kernels.options import LossInputs, LossOptions
+from pdl_kernels.options import SCALARS, LossInputs, LossOptions
 
 BITS = {"i32": 32, "i64": 64}
 
@@ -40,7 +40,10 @@ def compiled(call: Call) -> Kernel:
         launch.planned_by(plan_loss),
         compiled_launches(call.architecture, lambda name: name == call.kernel) as launches,
     ):
-        launch.forward(inputs, LossOptions(), empty_gradient(logits))
+        if call.kernel == "scale_rows_kernel":
+            launch.scale(logits, torch.empty(len(SCALARS), device="meta"), torch.empty((), device="meta"))
+        else:
+            launch.forward(inputs, LossOptions(), empty_gradient(logits))
     assert len(launches) == 1, f"{call.kernel} was launched {len(launches)} times"
     return described(call, launches[0])
 

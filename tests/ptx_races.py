@@ -67,15 +67,15 @@ def problem() -> str | None:
 
 
 def verdicts(
-    kernel: Kernel, *, target: int, in_place: bool = True, every_lane_stores: bool = False
+    kernel: Kernel, *, target: int | None, in_place: bool = True, every_lane_stores: bool = False
 ) -> Iterator[Verdict]:
     """One of each path; first that on which no such branch is taken, which reads the row.
 
     Args:
-        target: the column that is the target of every row.
+        target: the column that is the target of every row; None: the kernel loads no target.
         every_lane_stores: leave out the second edit.
     """
-    ptx = known_target(kernel.ptx, target)
+    ptx = kernel.ptx if target is None else known_target(kernel.ptx, target)
     if not every_lane_stores:
         ptx = one_lane_stores(ptx)
     if in_place:

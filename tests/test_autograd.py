@@ -606,7 +606,7 @@ def test_one_large_buffer_with_a_gradient_and_none_in_place(inplace, buffers, dt
 
 @pytest.mark.usefixtures("_small_pieces")
 def test_no_large_buffer_for_another_upstream_gradient(device):
-    """The first backward adjusts the gradient where it is."""
+    """The first backward forms it again where it is."""
     leaf = torch.randn(ROWS_LARGE, V_LARGE, device=device).requires_grad_()
     targets = make_targets(ROWS_LARGE, V=V_LARGE, device=device)
     loss = pdl_cross_entropy(leaf, targets, backend="eager")
@@ -783,8 +783,6 @@ def test_cuda_graph(problem, upstream):
         graph.replay()
         torch.cuda.synchronize()
         assert_gradient(gradient, upstream * exact.to(gradient.device))
-        pdl_cross_entropy(leaf, targets, weights).mul(replay).backward()  # another upstream gradient is remembered
-        leaf.grad = None
 
 
 @pytest.mark.gpu

@@ -876,6 +876,21 @@ def test_doctor(monkeypatch):
     assert found["settings"][0]["value"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [(None, "where a recorded run has shown them right"), ("1", "wherever Triton compiles them"),
+     ("0", "no row is held by more than one"), ("yes", "an error: accepted are 0, 1, or not set")],
+)  # fmt: skip
+def test_doctor_shows_the_setting_of_clusters(monkeypatch, value, meaning):
+    if value is None:
+        monkeypatch.delenv("PDL_KERNELS_CLUSTERS", raising=False)
+    else:
+        monkeypatch.setenv("PDL_KERNELS_CLUSTERS", value)
+    found = {setting["variable"]: setting for setting in json.loads(run("doctor", "--json", "-"))["settings"]}
+    assert found["PDL_KERNELS_CLUSTERS"]["value"] == value
+    assert meaning in found["PDL_KERNELS_CLUSTERS"]["meaning"]
+
+
 def test_doctor_says_what_is_missing(monkeypatch):
     from importlib import metadata
 

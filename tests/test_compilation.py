@@ -1,6 +1,6 @@
 """Every kernel compiled ahead of time for sm_80, sm_90, sm_100 and gfx942: no spills, 16-byte accesses, one layout.
 
-What is compiled is what the launcher would launch: benchmarks.roofline, a program of its own, because kernels that were
+What is compiled is what the package would launch: benchmarks.roofline, a program of its own, because kernels that were
 imported under TRITON_INTERPRET=1 cannot be compiled. The same tests run with the oldest supported Triton through
 scripts/compile_with_old_triton.sh.
 """

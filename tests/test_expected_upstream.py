@@ -16,6 +16,7 @@ from pdl_kernels import (
 ROWS, V = 3, 300
 EXPECTED = [1.0, 0.25, -3.0, 2.0**16]
 UNUSABLE = [0.0, math.inf, math.nan]
+NOT_DIVISORS = [*UNUSABLE, 1e-40]  # the last, in float32, overflows what is divided by it
 FLOAT32 = {"rtol": 4e-6, "atol": 0}  # a row that is held, and one that is read again
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -102,7 +103,7 @@ def test_a_tensor_of_any_dtype(backend, dtype):
     assert torch.equal(formed_in_forward(loss), formed_in_forward(number))
 
 
-@pytest.mark.parametrize("unusable", UNUSABLE)
+@pytest.mark.parametrize("unusable", NOT_DIVISORS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_tensor_that_cannot_be_divided_by_counts_as_one(backend, unusable, inplace):
     """A loss scale that overflowed; what it holds is not known without waiting for the device."""
@@ -123,6 +124,34 @@ def test_ignored_rows_stay_zero_under_any_upstream_gradient(backend, upstream):
         product = logits.detach().requires_grad_() * 1
         loss = pdl_cross_entropy(product, targets, weights, backend=backend, expected_upstream=0.25, inplace=inplace)
         assert torch.equal(gradient(loss, product, upstream)[1], torch.zeros(V))
+
+
+def test_in_place_with_saved_logits_of_other_strides(backend):
+    """A hook on saved tensors, for offloading, may return them in memory that splits into rows by copying alone."""
+    shape = (2, 3, 2)
+    torch.manual_seed(2)
+    logits, targets = torch.randn(*shape, 40).requires_grad_(), torch.randint(40, shape)
+    exact = gradient(pdl_cross_entropy(logits, targets, backend=backend), logits, 1.0)
+
+    def elsewhere(tensor):
+        return torch.empty(3, 4, 2, 40)[:, :2].permute(2, 0, 1, 3).copy_(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), elsewhere):
+        product = logits.detach().requires_grad_() * 1
+        loss = pdl_cross_entropy(product, targets, backend=backend, inplace=True)
+    torch.testing.assert_close(gradient(loss, product, 3.0), exact * 3)
+
+
+@pytest.mark.parametrize("expected", [2.0**60, 2.0**-60])
+def test_the_linear_loss_in_float16_with_an_expected_number_out_of_its_range(backend, expected):
+    """The gradients of the logits are brought near 1 whatever is expected."""
+    torch.manual_seed(1)
+    hidden, head = torch.randn(6, 16).half().requires_grad_(), torch.randn(50, 16).half().requires_grad_()
+    targets = torch.randint(50, (6,))
+    options = {"backend": backend, "reduction": "sum"}
+    plain = torch.autograd.grad(pdl_linear_cross_entropy(hidden, head, targets, **options), (hidden, head))
+    loss = pdl_linear_cross_entropy(hidden, head, targets, expected_upstream=expected, **options)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, head)), plain, rtol=2e-3, atol=2e-3)
 
 
 def test_a_second_backward(backend):

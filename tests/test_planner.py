@@ -227,6 +227,7 @@ def test_one_kernel_alone_is_shaped_as_the_planner_shapes_it():
     assert (clusters.kernel, clusters.warps, clusters.ctas, clusters.lanes) == (SINGLE_PASS, 8, 4, 1024)
     assert kernels(2, 32000, 2, H200, (3, 9), only=TWO_PASSES) == [TWO_PASSES]
     assert kernels(2, 32000, 2, H200, (3, 9), only=SLICES) == [SLICES]
+    assert kernels(4096, 32000, 2, H200, (3, 9), only=SLICES) == [SLICES]
     for serves_not in ({"smoothing": True}, {"transform": True}, {"vectors": False}, {"gradient": False}):
         assert SINGLE_PASS not in kernels(4096, 32000, 2, H200, (3, 9), only=SINGLE_PASS, **serves_not)
 

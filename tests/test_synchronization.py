@@ -44,6 +44,7 @@ CALLS = {
     "slices": Call("slice_rows_kernel", 5000, rows=1),
     "slices, merged": Call("merge_rows_kernel", 5000),
     "slices, gradient": Call("gradient_rows_kernel", 5000),
+    "multiplied, ragged": Call("scale_rows_kernel", 4099),
 }
 
 # Passages of the kernels' sources, and what stands in their place in an edited kernel.
@@ -60,11 +61,14 @@ SCALAR_STORE = "                tl.store(gradient_row + y, g_y.to(gradient.dtype
 OWN_LOGIT = "        x_y = tl.load(logits_row + y.to(tl.int64) * stride_column, mask=owns, other=0.0).to(tl.float32)\n"
 ANY_LOGIT = OWN_LOGIT.replace(", mask=owns, other=0.0", "")
 
+EDGES_WAIT = "        tl.debug_barrier()  # several threads have read each edge column, and one of them overwrites it\n"
+
 READ_LATE = ((TARGET_LOGIT, ""), (AFTER_EXCHANGE, AFTER_EXCHANGE + TARGET_LOGIT))
 EDITED = {
     "one block, target read late": CALLS["one block"]._replace(edits=READ_LATE),
     "two blocks, target read late": CALLS["two blocks"]._replace(edits=READ_LATE),
     "two blocks, target in a scalar store": CALLS["two blocks"]._replace(edits=((TARGET_STORE, SCALAR_STORE),)),
+    "multiplied, no waiting": CALLS["multiplied, ragged"]._replace(edits=((EDGES_WAIT, ""),)),
     "slices, read by all": CALLS["slices, gradient"]._replace(edits=((OWN_LOGIT, ANY_LOGIT),)),
 }
 ALL = CALLS | EDITED
@@ -130,6 +134,11 @@ def test_row_with_a_gradient_of_its_own(kernel, name):
     assert unproven(kernel, column(name, "last"), in_place=False) == []
 
 
+@pytest.mark.parametrize("name", ["multiplied, ragged"])
+def test_gradient_that_is_multiplied(kernel, name):
+    assert unproven(kernel, None, in_place=False) == []
+
+
 @pytest.mark.parametrize("target", [-100, 4099], ids=["ignored", "no class"])
 @pytest.mark.parametrize("name", ["two blocks, ragged"])
 def test_row_that_is_not_read(kernel, name, target):
@@ -179,6 +188,11 @@ def test_no_barrier_is_relaxed(kernel, name):
 )
 def test_fault_in_the_source(kernel, name):
     assert first_race(kernel, column(name, "last")).startswith("global memory: write by")
+
+
+@pytest.mark.parametrize("name", ["multiplied, no waiting"])
+def test_fault_where_no_target_is_read(kernel, name):
+    assert first_race(kernel, None, in_place=False).startswith("global memory: write by")
 
 
 @pytest.mark.parametrize("name", ["two blocks", "two blocks, sm_100"])

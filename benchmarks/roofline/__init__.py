@@ -2,8 +2,8 @@
 
     python -m benchmarks.roofline [--quick] [--target sm_90] [--kernel loss_rows] [--json FILE.json]
 
-    cases.py     which calls of the launcher are looked at
-    compile.py   the launcher, run so that it compiles and launches nothing
+    cases.py     which calls of the package's launches are looked at
+    compile.py   the package's own launches, so that they compile and launch nothing
     machine.py   machine code -> instructions, loops, memory accesses
     walks.py     which loops of a kernel walk over logits, and what one element costs there
     hardware.py  data sheets

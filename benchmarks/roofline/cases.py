@@ -1,6 +1,6 @@
-"""Which calls of the launcher the roofline looks at: shapes, dtypes, options and layouts as users have them.
+"""Which calls the roofline looks at: shapes, dtypes, options and layouts as users have them.
 
-A case names a call, not kernels: which kernels that call launches, in which variant, is the launcher's answer.
+A case names a call, not kernels: which kernels that call launches, in which variant, is the package's answer.
 """
 
 import functools

@@ -10,7 +10,7 @@ from benchmarks.roofline.hardware import HARDWARE
 from benchmarks.roofline.machine import CLUSTER_FENCES, FENCES, accesses, count, machine_code
 from benchmarks.roofline.walks import find_walks
 
-OPTION_FIELDS = ("smoothing", "z_loss", "softcap", "scale", "stats")  # of the launcher's Variant
+OPTION_FIELDS = ("smoothing", "z_loss", "softcap", "scale", "stats")  # of launch.Variant
 
 
 def measured(case: Case, launch: Launch) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def measured(case: Case, launch: Launch) -> dict[str, Any]:
 
 
 def _aligned(launch: Launch) -> bool:
-    """Whether the launcher told the kernel that rows start on 16 bytes, or that they do after a head."""
+    """Whether the kernel was told that rows start on 16 bytes, or that they do after a head."""
     variant = launch.arguments["VARIANT"]
     writes = launch.kernel != "scale_rows_kernel" and launch.arguments.get("gradient") is not None
     return variant.layout != "any" and (not writes or variant.gradient_layout != "any")

@@ -15,7 +15,8 @@ from pdl_kernels import backends
 PACKAGES = ("pdl-kernels", "torch", "triton", "numpy", "safetensors", "transformers", "datasets")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOT_INSTALLED = "not installed"
-# The variable, and what its values do; None: any other value, and none.
+# The variable, and what its values do; None: not set, and any other value that has no entry under OTHER.
+OTHER = "any other value"
 SETTINGS: dict[str, dict[str | None, str]] = {
     "PDL_KERNELS_VALIDATE": {
         "1": "targets that are no class raise IndexError on every device, at the cost of waiting for it",
@@ -26,6 +27,7 @@ SETTINGS: dict[str, dict[str | None, str]] = {
         "0": "no row is held by more than one thread block",
         None: "clusters of thread blocks hold long rows where a recorded run has shown them right: compute capability "
         "9.0 with Triton >= 3.9",
+        OTHER: "an error: accepted are 0, 1, or not set",
     },
     "TRITON_INTERPRET": {
         "1": "Triton kernels run in its interpreter, slowly; backend='triton' takes CPU tensors",
@@ -98,10 +100,11 @@ def devices() -> list[Device]:
 def settings() -> list[Setting]:
     """Environment variables, and what their values mean."""
     values = {variable: os.environ.get(variable) for variable in SETTINGS}
-    return [
-        Setting(variable, value, SETTINGS[variable].get(value, SETTINGS[variable][None]))
-        for variable, value in values.items()
-    ]
+    return [Setting(variable, value, _meaning(SETTINGS[variable], value)) for variable, value in values.items()]
+
+
+def _meaning(meanings: dict[str | None, str], value: str | None) -> str:
+    return meanings.get(value or None) or meanings.get(OTHER) or meanings[None]
 
 
 def report() -> dict[str, Any]:

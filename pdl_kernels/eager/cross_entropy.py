@@ -8,7 +8,6 @@ replaced by zeros before any arithmetic.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -72,10 +71,6 @@ class _Piece:
     logits: Tensor  # (R, V)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The six functions that both backends have
-
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -93,6 +88,10 @@ def _plain_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The six functions that both backends have
+
+
 @_plain_arithmetic
 def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
     """The loss, and its gradient for the expected upstream gradient written to `gradient` where one is given."""
@@ -107,12 +106,14 @@ def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tens
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
     scalars, token_count = _denominators(inputs, options, _rows(inputs, options))
     expected = inputs.expected_upstream
+    limits = torch.finfo(torch.float32)  # of what can be divided by; nan is outside of them
     if isinstance(expected, float):
-        usable = expected != 0 and math.isfinite(expected)
+        usable = limits.smallest_normal <= abs(expected) <= limits.max
         scalars[EXPECTED_UPSTREAM].fill_(expected if usable else 1)  # an assignment would wait for a GPU
     else:
         expected = expected.to(scalars.dtype)
-        scalars[EXPECTED_UPSTREAM].copy_(torch.where((expected != 0) & expected.isfinite(), expected, 1))
+        in_range = (expected.abs() >= limits.smallest_normal) & (expected.abs() <= limits.max)
+        scalars[EXPECTED_UPSTREAM].copy_(torch.where(in_range, expected, 1))
     return scalars, token_count
 
 
@@ -230,7 +231,8 @@ def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
     for block in gradient.unbind(0):  # (rows_inner, V) each
         for piece in block.split(_piece_rows(gradient)):  # no temporary of the gradient's size
             # 0 * inf must not appear: ignored rows stay exactly 0 under any upstream gradient.
-            piece.copy_(torch.where(piece == 0, 0, piece * factor))
+            # And float16 holds no factor from 65520 on.
+            piece.copy_(torch.where(piece == 0, 0, piece.to(factor.dtype) * factor))
 
 
 def _is_expected(upstream: Tensor, scalars: Tensor) -> bool:

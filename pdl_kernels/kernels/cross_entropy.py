@@ -115,7 +115,8 @@ def denominators_kernel(
         expected = tl.full((), expected_upstream, tl.float32)
     else:
         expected = tl.load(expected_upstream).to(tl.float32)
-    usable = (expected != 0.0) & (tl.abs(expected) < float("inf"))  # and no nan
+    # Neither 0 nor so small that dividing by it overflows, nor infinite, nor nan.
+    usable = (tl.abs(expected) >= 1.1754943508222875e-38) & (tl.abs(expected) < float("inf"))
     tl.store(scalars + 6, tl.where(usable, expected, 1.0))
     if token_count is not None:
         tl.store(token_count, count)
@@ -394,6 +395,7 @@ def scale_rows_kernel(
         column, exists = edge_columns(head, columns, V, slice_index, VARIANT)
         pointers = gradient + offset + column_offsets(column, stride_column, VARIANT)
         g = scaled_gradient(pointers, exists, factor)
+        tl.debug_barrier()  # several threads have read each edge column, and one of them overwrites it
         tl.store(pointers, g.to(gradient.dtype.element_ty), mask=exists)
 
 

@@ -13,7 +13,8 @@ KERNELS = (SINGLE_PASS, TWO_PASSES, SLICES)
 
 # Clusters (num_ctas > 1) whose reductions go through distributed shared memory: on sm_90 and later, from Triton 3.9 on.
 # 3.8 compiles the smaller half of them, 3.6 and 3.7 none. By themselves they are chosen only where a recorded run on a
-# GPU has shown them right: on an H100 (benchmarks/results/nvidia-h100-80gb-hbm3/doctor-kit.json).
+# GPU has shown them right: on an H100 (benchmarks/results/nvidia-h100-80gb-hbm3/doctor-kit.json, at an earlier
+# revision, whose PTX of these kernels was the same, instruction for instruction).
 CLUSTER_CAPABILITY = (9, 0)
 CLUSTERS_SHOWN_RIGHT = ((9, 0),)
 HOPPER = 9  # the major capability whose choices were measured, on an H100
@@ -115,7 +116,7 @@ def plan_loss(
         warps = HELD_SHAPES[itemsize][0][0] if warps is None else warps
         return [held_row(vocab_size, itemsize, warps=warps, ctas=ctas, registers=None, head=head)]
     two_passes = plan_rows(
-        MANY_ROWS if only == TWO_PASSES else rows,
+        {TWO_PASSES: MANY_ROWS, SLICES: 1}.get(only or "", rows),
         vocab_size,
         itemsize,
         device.multiprocessors,

@@ -275,6 +275,7 @@ def single_pass_rows_kernel(
         row_sixteen, row_upper_half = opaque_constants(row_sum)
         # A row that holds +inf is nan throughout, as in torch, also where the maximum passed it over.
         row_sum = tl.where(row_sum == float("inf"), float("nan"), row_sum)
+        log_sum = LN2 * tl.math.log2(row_sum)
         writes = active
         if VARIANT.z_loss:
             # Always true, which the compiler cannot know: without a branch here it spills.
@@ -285,7 +286,7 @@ def single_pass_rows_kernel(
             )
             common = 0.0  # what the z-loss adds to every column's factor
             if VARIANT.z_loss:
-                common += 2.0 * z_gradient_factor * (row_max + LN2 * tl.math.log2(row_sum))
+                common += 2.0 * z_gradient_factor * (row_max + log_sum)
             factor = (gradient_factor + common) / row_sum
             row_rate, row_shift, row_correction = exp_terms(row_max)
             if VARIANT.hold_exps:

@@ -216,8 +216,9 @@ def _gradient_in_place(ctx: Any, upstream: Tensor) -> Tensor:
     gradient = ctx.saved_tensors[0].detach()  # raises if something has been written over the gradient
     ctx.handed_over = True
     scalars, _, _, backend = ctx.kept
-    backend_module(backend).scale(as_rows(gradient), scalars, upstream)
-    return gradient
+    rows = as_rows(gradient)  # a copy, where a hook on saved tensors returned other strides
+    backend_module(backend).scale(rows, scalars, upstream)
+    return rows.reshape(gradient.shape)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):

@@ -319,7 +319,7 @@ class Run:
         largest = largest * scalars[EXPECTED_UPSTREAM].abs()
         usable = (largest > 0) & largest.isfinite()
         exponent = -torch.frexp(torch.where(usable, largest, 1)).exponent
-        return torch.ldexp(torch.ones_like(largest), exponent.clamp(-40, 40))
+        return torch.ldexp(torch.ones_like(largest), exponent.clamp(-100, 100))
 
     def _scaled_by(self, factor: Tensor, scalars: Tensor) -> tuple[LossOptions, Tensor]:
         """Options and scalars with which the row kernels multiply every row by `factor`."""
