@@ -40,11 +40,9 @@ def number_as_tensor(value: Tensor | float | None, like: Tensor) -> Tensor | Non
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast casts to on this device; None where it is off or, as on meta tensors, unknown."""
+    """The dtype that autocast casts to on this device; None where it is off, and for meta tensors."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def refuse_transforms(what: str, tensor: Tensor) -> None:
