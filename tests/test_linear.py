@@ -77,6 +77,11 @@ SHAPES_AND_DTYPES = [
     ({"hidden": torch.tensor(1.0)}, ValueError, ["hidden has shape ()"]),
     ({"hidden": torch.zeros(N, H, dtype=torch.int64)}, TypeError, ["hidden is torch.int64", "bfloat16"]),
     ({"hidden": [0.0]}, TypeError, ["hidden is a list"]),
+    (
+        {"lm_head_weight": torch.zeros(H, V)},
+        ValueError,
+        ["lm_head_weight (8, 37), which is transposed", "(V, H)", "here (V, 8)", "lm_head_weight.T"],
+    ),
     ({"lm_head_weight": torch.zeros(V)}, ValueError, ["lm_head_weight has shape (37,)", "(V, H)"]),
     ({"lm_head_weight": torch.zeros(2, V, H)}, ValueError, ["lm_head_weight has shape (2, 37, 8)"]),
     (

@@ -284,7 +284,7 @@ _plan_loss_launches = planner.plan_loss
 
 @contextmanager
 def planned_by(plan_loss: Callable[..., list[RowLaunch]]) -> Iterator[None]:
-    """Within, this function takes the place of `planner.plan_loss`, for tests and benchmarks that choose themselves."""
+    """Within, this function takes the place of `planner.plan_loss`: for tests, benchmarks and `doctor --check`."""
     global _plan_loss_launches
     before, _plan_loss_launches = _plan_loss_launches, plan_loss
     try:
