@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdl_kernels import checks
 from pdl_kernels.ops import cross_entropy as operation
-from pdl_kernels.ops.tracing import is_traced, refuse_transforms
+from pdl_kernels.ops import tracing
 from pdl_kernels.options import ACCURACY, NLL, WEIGHT_SUM, LossInputs, LossStats
 
 
@@ -139,11 +139,11 @@ def pdl_cross_entropy(
         backend=backend,
     )
     checks.check_tensors(logits, targets, weights, token_weights)
-    traced = is_traced(logits, targets, weights, token_weights)
+    traced = tracing.is_traced(logits, targets, weights, token_weights)
     denominator = checks.check_normalizer(normalizer, reduction, logits.device, traced=traced)
     expected = checks.check_expected_upstream(expected_upstream, logits.device, traced=traced)
     if not torch.compiler.is_compiling():
-        refuse_transforms("pdl_cross_entropy", logits)
+        tracing.refuse_transforms("pdl_cross_entropy", logits)
     if inplace and not traced and logits.requires_grad and torch.is_grad_enabled():
         checks.check_inplace(logits)
     inputs = LossInputs(logits, targets, weights, token_weights, denominator, expected)

@@ -8,7 +8,7 @@ from torch import Tensor
 from pdl_kernels import checks, linear_checks
 from pdl_kernels.functional import stats_of
 from pdl_kernels.ops import linear_cross_entropy as operation
-from pdl_kernels.ops.tracing import is_traced, refuse_transforms
+from pdl_kernels.ops import tracing
 from pdl_kernels.options import LinearInputs, LossStats
 
 
@@ -138,13 +138,13 @@ def pdl_linear_cross_entropy(
         options=options,
     )
     linear_checks.check_linear_tensors(hidden, lm_head_weight, targets, bias, weights, token_weights)
-    traced = is_traced(hidden, lm_head_weight, bias, targets, weights, token_weights)
+    traced = tracing.is_traced(hidden, lm_head_weight, bias, targets, weights, token_weights)
     denominator = checks.check_normalizer(normalizer, reduction, hidden.device, traced=traced)
     expected = checks.check_expected_upstream(expected_upstream, hidden.device, traced=traced)
     seed_tensor = linear_checks.check_seed(seed, linear.row_sampling, hidden)
     if not torch.compiler.is_compiling():
-        refuse_transforms("pdl_linear_cross_entropy", hidden)
-        refuse_transforms("pdl_linear_cross_entropy", lm_head_weight)
+        tracing.refuse_transforms("pdl_linear_cross_entropy", hidden)
+        tracing.refuse_transforms("pdl_linear_cross_entropy", lm_head_weight)
     inputs = LinearInputs(hidden, lm_head_weight, bias, targets, weights, token_weights, seed_tensor)
     outputs = operation.linear_cross_entropy(inputs, denominator, expected, options, linear, backend, traced=traced)
     return (outputs.loss, stats_of(outputs.scalars, outputs.token_count)) if return_stats else outputs.loss
