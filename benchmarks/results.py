@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.inputs import Case
 from benchmarks.timing import Summary, summarize
-from pdl_kernels.files import replace_file
+from pdl_kernels.weights.files import replace_file
 
 SCHEMA = "pdl-kernels benchmark"
 VERSION = 1

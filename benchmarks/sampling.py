@@ -24,10 +24,10 @@ from tqdm import tqdm
 from benchmarks import environment
 from benchmarks.results import write_record
 from pdl_kernels import PowerLawWeighting, TokenCounts, pdl_linear_cross_entropy
-from pdl_kernels.commands.arguments import load_tokenizer
-from pdl_kernels.corpus_files import open_corpus
+from pdl_kernels.cli.arguments import load_tokenizer
+from pdl_kernels.data.corpora import open_corpus
+from pdl_kernels.data.tokenizers import encoder_of, end_of_text_id, vocab_size_of
 from pdl_kernels.ops.row_sampling import sample_rows
-from pdl_kernels.tokenizers import encoder_of, end_of_text_id, vocab_size_of
 
 ALPHAS = (0.4, 0.75, 1.0)
 

@@ -40,12 +40,12 @@ from benchmarks.peers.contender import first_line
 from benchmarks.ranking import hardware_of, ranked
 from benchmarks.shapes import VOCABULARIES, misfit
 from benchmarks.timing import make_stopwatch, summarize, time_limit
-from pdl_kernels import files
 from pdl_kernels.backends import interpreted
 from pdl_kernels.kernels import launch, planner
 from pdl_kernels.kernels.planner import Device, RowLaunch
 from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
+from pdl_kernels.weights import files
 
 ROWS = (4096, 512, 16384)  # what matters most comes first
 ORDER = (128256, 32000, 262144, 151936, 50257)  # of shapes.VOCABULARIES, too

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from benchmarks.inputs import Case
 from benchmarks.operations import Operation
-from pdl_kernels.ops.linear_chunks import plan_chunk
+from pdl_kernels.ops.chunks import plan_chunk
 
 # What a row costs besides its logits: its target (8) and weight (4), read for the denominators and again by the row
 # kernel; its loss (4) and row state (8) written; its loss read to be summed.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pdl_kernels import PowerLawWeighting, TokenCounts, describe
-from pdl_kernels.files import replace_file
+from pdl_kernels.weights.files import replace_file
 
 ALPHAS = (0.0, 0.1, 0.25, 0.4, 0.5, 0.75, 1.0)
 

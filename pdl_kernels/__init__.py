@@ -9,28 +9,23 @@ __version__ = "0.1.0"
 if version_tuple(torch.__version__) < MINIMUM_TORCH:
     raise ImportError(f"pdl_kernels needs torch >= {dotted(MINIMUM_TORCH)}, and torch {torch.__version__} is installed")
 
-from pdl_kernels.calibration import calibration_bias
-from pdl_kernels.description import describe
-from pdl_kernels.frequency import TokenCounts
-from pdl_kernels.functional import pdl_cross_entropy
-from pdl_kernels.linear import pdl_linear_cross_entropy
-from pdl_kernels.modules import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss
+from pdl_kernels.data.tokenizers import special_token_ids
+from pdl_kernels.losses.functional import pdl_cross_entropy
+from pdl_kernels.losses.linear import pdl_linear_cross_entropy
+from pdl_kernels.losses.modules import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss
 from pdl_kernels.options import LossStats
-from pdl_kernels.other_weightings import (
+from pdl_kernels.weights.calibration import calibration_bias
+from pdl_kernels.weights.counts import TokenCounts
+from pdl_kernels.weights.description import describe
+from pdl_kernels.weights.power_law import PowerLawWeighting, WeightSchedule, power_law_weights
+from pdl_kernels.weights.recipes import (
     ClassBalancedWeighting,
     IDFWeighting,
     InverseFrequencyWeighting,
     SmoothedInverseWeighting,
     SquareRootInverseFrequencyWeighting,
 )
-from pdl_kernels.tokenizers import special_token_ids
-from pdl_kernels.weighting import (
-    PowerLawWeighting,
-    WeightSchedule,
-    load_weights,
-    power_law_weights,
-    save_weights,
-)
+from pdl_kernels.weights.saved import load_weights, save_weights
 
 __all__ = [
     "ClassBalancedWeighting",

@@ -7,4 +7,4 @@ venv=.venv-triton-$triton
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 "$venv/bin/python" -m pip install -q torch==2.13.0
 "$venv/bin/python" -m pip install -q "triton==$triton" numpy rich safetensors tqdm pytest pytest-timeout hypothesis expecttest
-PYTHONPATH=. "$venv/bin/python" -m pytest tests/test_compilation.py tests/test_launch.py "${@:2}"
+PYTHONPATH=. "$venv/bin/python" -m pytest tests/kernels/test_compilation.py tests/kernels/test_launch.py "${@:2}"

@@ -17,8 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 unset TRITON_INTERPRET
 
 races() {
-    "$newest"/bin/python -c 'import sys; sys.path.insert(0, "tests"); import ptx_races; sys.exit(ptx_races.problem())'
-    "$newest"/bin/python -m pytest -q -p no:cacheprovider tests/test_synchronization.py
+    "$newest"/bin/python -c 'import sys; sys.path.insert(0, "tests"); from helpers import ptx_races; sys.exit(ptx_races.problem())'
+    "$newest"/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_synchronization.py
 }
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
@@ -46,14 +46,14 @@ execute() { $venv/bin/python -m ttsem.sanitize pytest -q -p no:cacheprovider --t
 
 # Two jobs: what ttsem executes cannot be spread over pytest's workers. Each ends at its first failing command.
 (set -e
-    execute tests/test_kernels.py
+    execute tests/kernels/test_kernels.py
     races
 ) >"$work/kernels.log" 2>&1 &
 kernels=$!
 (set -e
-    execute tests/test_errors.py tests/test_planner.py tests/test_linear.py tests/test_compile.py
-    execute tests/test_autograd.py tests/test_no_hidden_state.py -k "inplace or two_losses"
-    $venv/bin/python -m pytest -q -p no:cacheprovider tests/test_planted_bugs.py
+    execute tests/losses/test_errors.py tests/kernels/test_planner.py tests/losses/test_linear_calls.py tests/losses/test_compile.py
+    execute tests/losses/test_autograd.py tests/losses/test_no_hidden_state.py -k "inplace or two_losses"
+    $venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_planted_bugs.py
 ) >"$work/others.log" 2>&1 &
 others=$!
 status=0

@@ -1,6 +1,7 @@
 """What the documentation shows runs as written."""
 
 import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -8,24 +9,18 @@ import pytest
 import torch
 
 import pdl_kernels
-from pdl_kernels import (
-    calibration,
-    description,
-    frequency,
-    functional,
-    linear,
-    modules,
-    other_weightings,
-    weighting,
-)
-
-DOCUMENTED = (calibration, description, frequency, functional, linear, modules, other_weightings, weighting)
 
 ROOT = Path(__file__).resolve().parents[1]
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "pdl_kernels").rglob("*.py"))
+    if "    >>> " in path.read_text()
+]
 
 
-@pytest.mark.parametrize("module", DOCUMENTED, ids=lambda module: module.__name__)
-def test_docstring_examples(module):
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
     names = {**vars(pdl_kernels), "torch": torch}
     results = doctest.testmod(module, extraglobs=names)
     assert results.attempted > 0

@@ -21,7 +21,7 @@ from benchmarks.gpu_session.paths import KIT_SITE, PEERS_SITE, cache_of
 from benchmarks.gpu_session.report import readme
 from benchmarks.gpu_session.stages import Stage
 from pdl_kernels.doctor.processes import kill_group
-from pdl_kernels.files import replace_file
+from pdl_kernels.weights.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_WORKERS = 16

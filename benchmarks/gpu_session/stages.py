@@ -14,15 +14,18 @@ SHAPES = ",".join(f"{8192 if size < 200000 else 4096}x{size}" for size in VOCABU
 LINEAR_SHAPE = "8192x4096x128256"
 # The files that meet the kernels, and of those the ones whose every test is about numbers or memory.
 SUITE = (
-    "tests/test_values.py tests/test_autograd.py tests/test_lessons.py tests/test_linear_values.py "
-    "tests/test_linear_autograd.py tests/test_expected_upstream.py tests/test_no_hidden_state.py tests/test_plans.py "
-    "tests/test_compile.py"
+    "tests/losses/test_values.py tests/losses/test_autograd.py tests/losses/test_lessons.py "
+    "tests/losses/test_linear_values.py tests/losses/test_linear_autograd.py tests/losses/test_expected_upstream.py "
+    "tests/losses/test_no_hidden_state.py tests/kernels/test_plans.py tests/losses/test_compile.py"
 )
 PYTEST = (
     "{python} -m pytest -q --tb short -p no:benchmark -o cache_dir={work}/pytest --timeout 100 "
     "-p benchmarks.gpu_session.pytest_journal --journal {results}/"
 )
-GPU_TESTS = " ".join(f"tests/test_{name}.py" for name in ("gpu", "autograd", "errors", "frequency", "lessons"))
+GPU_TESTS = (
+    " ".join(f"tests/losses/test_{name}.py" for name in ("gpu", "autograd", "errors", "lessons"))
+    + " tests/weights/test_counts.py"
+)
 DOCTOR = "{python} -m pdl_kernels.cli doctor --check"
 BENCHMARK = "{python} -m benchmarks --no-host --out {results} --rounds 11"
 
@@ -69,14 +72,14 @@ STAGES = (
     Stage(
         "suite", 130, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
         f"{PYTEST}suite.jsonl -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
-        f"{PYTEST}suite.jsonl -m 'not gpu' tests/test_plans.py -k option",
+        f"{PYTEST}suite.jsonl -m 'not gpu' tests/kernels/test_plans.py -k option",
         again=f"{PYTEST}suite.jsonl -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
         correctness=True,
     ),
     Stage(
         "gpu tests", 40, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
         f"{PYTEST}gpu-tests.jsonl -m gpu -n 4 {GPU_TESTS}",
-        f"{PYTEST}gpu-tests.jsonl -m gpu tests/test_gpu.py tests/test_autograd.py",
+        f"{PYTEST}gpu-tests.jsonl -m gpu tests/losses/test_gpu.py tests/losses/test_autograd.py",
         correctness=True,
     ),
     Stage(
@@ -99,8 +102,8 @@ STAGES = (
     ),
     Stage(
         "repetitions, kit", 15, "Triton 3.9: do 50 runs give the same bits",
-        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/test_gpu.py -k fifty",
-        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/test_gpu.py -k fifty",
+        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/losses/test_gpu.py -k fifty",
+        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/losses/test_gpu.py -k fifty",
         correctness=True, kit=True,
     ),
     Stage(

@@ -255,8 +255,8 @@ def _shares(cases: list[Case], processes: int) -> list[list[tuple[int, Case]]]:
 
 def _kernels_to_see(device: torch.device, cases: list[Case]) -> set[str]:
     """All kernels of the loss; the one that holds rows on chip where the planner chooses it for one of the cases."""
-    from pdl_kernels.kernels import cross_entropy as kernels
     from pdl_kernels.kernels import launch, planner
+    from pdl_kernels.kernels import row_kernels as kernels
 
     found = {name for name in vars(kernels) if name.endswith("_kernel")}
     described = launch.device_of(device)

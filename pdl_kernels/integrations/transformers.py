@@ -6,7 +6,7 @@ from typing import Any
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor
 
-from pdl_kernels.calibration import calibration_bias
+from pdl_kernels.weights.calibration import calibration_bias
 
 
 class CalibrationLogitsProcessor(LogitsProcessor):

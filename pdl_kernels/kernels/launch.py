@@ -16,8 +16,8 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from pdl_kernels.kernels import cross_entropy as kernels
 from pdl_kernels.kernels import planner
+from pdl_kernels.kernels import row_kernels as kernels
 from pdl_kernels.kernels.planner import VECTOR_BYTES, Device, RowLaunch, next_power_of_two, plan_rows
 from pdl_kernels.kernels.single_pass import single_pass_rows_kernel
 from pdl_kernels.options import SCALARS, LossInputs, LossOptions, LossOutputs, RowOutputs

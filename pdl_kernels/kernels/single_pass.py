@@ -17,8 +17,8 @@ not choose this kernel for them, and it has no branches for them.
 import triton
 import triton.language as tl
 
-from pdl_kernels.kernels.cross_entropy import UNSPECIALIZED, store_row_results, store_unread_row
-from pdl_kernels.kernels.rows import (
+from pdl_kernels.kernels.row_kernels import UNSPECIALIZED, store_row_results, store_unread_row
+from pdl_kernels.kernels.row_math import (
     LARGEST,
     LN2,
     LOG2E,

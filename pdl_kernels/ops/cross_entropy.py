@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pdl_kernels.backends import backend_module, choose_backend
-from pdl_kernels.ops.rows import as_rows, empty_gradient, same_rows, share_storage
 from pdl_kernels.ops.tracing import number_as_tensor, refuse_transforms
+from pdl_kernels.ops.views import as_rows, empty_gradient, same_rows, share_storage
 from pdl_kernels.options import SCALARS, LossInputs, LossOptions, LossOutputs
 
 VALIDATE_VARIABLE = "PDL_KERNELS_VALIDATE"

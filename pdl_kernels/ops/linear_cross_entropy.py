@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdl_kernels.backends import choose_backend
 from pdl_kernels.ops import linear_operators
-from pdl_kernels.ops.linear_chunks import Run
+from pdl_kernels.ops.chunks import Run
 from pdl_kernels.ops.tracing import autocast_dtype, refuse_transforms
 from pdl_kernels.options import LinearInputs, LinearOptions, LinearOutputs, LossOptions
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pdl_kernels.backends import choose_backend
-from pdl_kernels.ops.linear_chunks import Gradients, Run
+from pdl_kernels.ops.chunks import Gradients, Run
 from pdl_kernels.ops.tracing import number_as_tensor
 from pdl_kernels.options import SCALARS, LinearInputs, LinearOptions, LinearOutputs, LossOptions
 

@@ -1,0 +1,175 @@
+"""Runs the Triton backend's Python path without a GPU: kernels are compiled for sm_90 and "launched" into nothing.
+
+A program of its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled. Prints one JSON
+line: compilations over ten different numbers of rows, with --calls the launches of public calls beside what was
+planned, and microseconds of Python per forward + backward.
+
+    TRITON_INTERPRET=0 python -m benchmarks.stubbed_device [--calls]
+"""
+
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from triton.runtime.driver import driver
+
+from benchmarks import compile_ahead
+from benchmarks.roofline.cases import OPTIONS, Case, run_case
+from benchmarks.roofline.compile import CompilingDriver, compiled_launches
+from benchmarks.roofline.hardware import HARDWARE
+from pdl_kernels import backends, pdl_cross_entropy
+from pdl_kernels.kernels import launch, planner
+from pdl_kernels.kernels import row_kernels as kernels
+from pdl_kernels.ops import cross_entropy as operation
+from pdl_kernels.options import LossOptions
+
+
+class Launches:
+    """Stands for the launcher that Triton generates; counts instead of launching."""
+
+    counts: ClassVar[Counter[str]] = Counter()
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name = source.fn.__name__
+        self.kernel = {
+            "kernel": self.name, "warps": metadata.num_warps, "blocks": metadata.num_ctas, "hash": metadata.hash,
+        }  # fmt: skip
+
+    def __call__(self, *arguments: Any) -> None:
+        Launches.counts[self.name] += 1
+        Launches.seen.append({**self.kernel, "grid": arguments[:2]})
+
+
+class StubbedDriver(CompilingDriver):
+    """A device that loads and runs nothing."""
+
+    launcher_cls = Launches
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (0, 0, 0, 0, 1024),
+        get_device_properties=lambda *_: {"max_shared_mem": 232448},
+        unload_module=lambda *_: None,
+    )
+
+    def get_device_capability(self, device: int) -> tuple[int, int]:
+        return (9, 0)
+
+
+def compilations() -> dict[str, int]:
+    found = {}
+    for name in dir(kernels):
+        kernel = getattr(kernels, name)
+        if name.endswith("_kernel"):
+            found[name] = sum(len(caches[0]) for caches in kernel.device_caches.values())
+    return found
+
+
+def step(rows: int, vocab_size: int, **options: Any) -> None:
+    logits = torch.zeros(rows, vocab_size, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    pdl_cross_entropy(logits, targets, torch.ones(vocab_size), backend="triton", **options).backward()
+
+
+# Rows, vocabulary, options: rows read twice, held by one block, held by a cluster, sliced; and what cannot be held.
+CALLS: tuple[tuple[int, int, dict[str, Any]], ...] = (
+    (300, 32000, {}),
+    (300, 16384, {}),
+    (300, 16384, {"z_loss": 1e-4, "return_stats": True}),
+    (300, 16384, {"softcap": 30.0}),
+    (300, 151936, {}),
+    (3, 32000, {}),
+)
+
+
+def public_calls() -> list[dict[str, Any]]:
+    """What calls of `pdl_cross_entropy` launch, what the planner names, and what the roofline compiles for them."""
+    found = []
+    target = compile_ahead.TARGET
+    with mock.patch.object(launch, "device_of", return_value=compile_ahead.DEVICE):
+        for rows, vocab_size, options in CALLS:
+            Launches.seen.clear()
+            logits = torch.zeros(rows, vocab_size, dtype=torch.bfloat16, requires_grad=True)
+            targets = torch.zeros(rows, dtype=torch.int64)
+            pdl_cross_entropy(logits, targets, torch.ones(vocab_size), backend="triton", **options)
+            plan, *_ = planner.plan_loss(
+                rows, vocab_size, 2, compile_ahead.DEVICE, launch.TRITON_VERSION,
+                z_loss="z_loss" in options, stats="return_stats" in options, transform="softcap" in options,
+            )  # fmt: skip
+            case = Case("loss + gradient", target, vocab_size=vocab_size, rows=rows, clusters=None)
+            with (
+                compiled_launches(target, cache_known=True) as compiled,
+                mock.patch.dict(OPTIONS, {"plain": LossOptions(**options)}),
+            ):
+                run_case(case)
+            driver.set_active(StubbedDriver(HARDWARE[target].target))
+            found.append(
+                {
+                    "launched": list(Launches.seen),
+                    "planned": plan._asdict(),
+                    "roofline": [one.compiled.metadata.hash for one in compiled],
+                }
+            )
+    return found
+
+
+class Nothing(torch.autograd.Function):
+    """What autograd costs by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
+        return ctx.saved_tensors[0]
+
+
+def microseconds(forward: Callable[[], torch.Tensor], logits: torch.Tensor) -> dict[str, float]:
+    upstream = torch.ones(())
+    samples = []
+    for _ in range(2000):
+        start = time.perf_counter()
+        torch.autograd.grad(forward(), logits, upstream)
+        samples.append((time.perf_counter() - start) * 1e6)
+    return {"median": statistics.median(samples), "p20": statistics.quantiles(samples, n=5)[0]}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    driver.set_active(StubbedDriver(HARDWARE["sm_90"].target))
+    backends.triton_problem = lambda device, dtype: None  # CPU tensors stand in for the device's
+    operation.check_targets = lambda *_: None  # as with targets on a device, whose values are not looked at
+    result: dict[str, Any] = {}
+
+    step(17, 4096)
+    before = compilations()
+    for rows in (16, 18, 31, 64, 100, 128, 255, 1000, 1024, 3000):
+        step(rows, 4096)
+    result["compilations_before"] = before
+    result["compilations_after"] = compilations()
+
+    Launches.counts.clear()
+    step(1000, 4096)
+    result["launches"] = dict(Launches.counts)
+
+    result["public"] = public_calls() if "--calls" in sys.argv else []
+
+    logits = torch.zeros(16, 1000, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(16, dtype=torch.int64)
+    weights = torch.ones(1000)
+    result["microseconds"] = microseconds(lambda: pdl_cross_entropy(logits, targets, weights, backend="triton"), logits)
+    result["autograd_microseconds"] = microseconds(lambda: Nothing.apply(logits), logits)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from pdl_kernels.cli import main
+
+main()

@@ -1,0 +1,49 @@
+"""Makes calls of `doctor --check` through the ordinary launch path, on tensors with memory, and prints how many kernels
+had to be compiled: those that benchmarks.compile_ahead had not put into Triton's cache. Launches go nowhere.
+
+    TRITON_INTERPRET=0 TRITON_CACHE_DIR=... PYTHONPATH=. python tests/helpers/launch_from_cache.py VOCABULARY DTYPE
+"""
+
+import sys
+import warnings
+
+import torch
+from triton import knobs
+from triton.runtime.driver import driver
+
+from benchmarks import compile_ahead
+from benchmarks.roofline.hardware import HARDWARE
+from benchmarks.stubbed_device import StubbedDriver
+from pdl_kernels import backends
+from pdl_kernels.doctor import correctness
+from pdl_kernels.doctor.cases import RECIPES, cases_for
+from pdl_kernels.kernels import launch
+from pdl_kernels.ops import cross_entropy as operation
+
+
+def main() -> None:
+    vocab_size, dtype = int(sys.argv[1]), sys.argv[2]
+    warnings.filterwarnings("ignore")
+    driver.set_active(StubbedDriver(HARDWARE[compile_ahead.TARGET].target))
+    backends.triton_problem = lambda device, dtype: None
+    operation.check_targets = lambda *_: None
+    launch.device_of = lambda device: compile_ahead.DEVICE
+    found = {True: 0, False: 0}
+
+    def count(**what) -> None:
+        found[what["cache_hit"]] += 1
+
+    knobs.compilation.listener = count
+    for case in cases_for(compile_ahead.DEVICE.multiprocessors, [vocab_size]):
+        if case.dtype == dtype:
+            recipe = RECIPES[case.recipe]
+            problem = correctness.make_problem(case, torch.device("cpu"))
+            call = correctness.make_call(problem, recipe, correctness.make_upstream(problem, recipe), "triton")
+            with correctness.reading_twice(recipe.read_twice):
+                call()
+                call()
+    print(found[True], found[False])
+
+
+if __name__ == "__main__":
+    main()
