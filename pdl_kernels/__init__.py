@@ -17,7 +17,7 @@ from pdl_kernels.options import LossStats
 from pdl_kernels.weights.calibration import calibration_bias
 from pdl_kernels.weights.counts import TokenCounts
 from pdl_kernels.weights.description import describe
-from pdl_kernels.weights.power_law import PowerLawWeighting, WeightSchedule, power_law_weights
+from pdl_kernels.weights.power_law import PowerLawWeighting, power_law_weights
 from pdl_kernels.weights.recipes import (
     ClassBalancedWeighting,
     IDFWeighting,
@@ -26,6 +26,7 @@ from pdl_kernels.weights.recipes import (
     SquareRootInverseFrequencyWeighting,
 )
 from pdl_kernels.weights.saved import load_weights, save_weights
+from pdl_kernels.weights.schedule import WeightSchedule
 
 __all__ = [
     "ClassBalancedWeighting",

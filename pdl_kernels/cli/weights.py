@@ -14,9 +14,10 @@ from pdl_kernels.cli.arguments import Overwrite, Tokenizer, check_output, load_t
 from pdl_kernels.data.tokenizers import special_token_ids
 from pdl_kernels.weights.counts import TokenCounts
 from pdl_kernels.weights.description import describe
-from pdl_kernels.weights.power_law import PowerLawWeighting, Weighting
+from pdl_kernels.weights.power_law import PowerLawWeighting
 from pdl_kernels.weights.recipes import weightings
 from pdl_kernels.weights.saved import save_weights
+from pdl_kernels.weights.weighting import Weighting
 
 RECIPES = "The recipe"
 AFTERWARDS = "What follows the formula, in this order"

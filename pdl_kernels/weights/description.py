@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pdl_kernels.data.tokenizers import token_text
-from pdl_kernels.weights.checks import check_counts, check_table
+from pdl_kernels.weights.checks import check_table_and_counts
 from pdl_kernels.weights.counts import TokenCounts
 
 MOST_FREQUENT_TYPES = 100
 LISTED_TYPES = 10
-# Where a number becomes a warning. Rules of thumb, not results.
+# Beyond these numbers there is a warning. They are rules of thumb, not results of measurements.
 SMALL_SAMPLE = 0.1  # effective share of the targets
 LARGE_SHARE = 0.25  # of the weight, in one type
 FAR_FROM_ONE = 2.0  # mean weight of a target, or its inverse
@@ -27,7 +27,7 @@ class WeightedType:
     """One vocabulary entry."""
 
     id: int
-    text: str | None  # with a tokenizer
+    text: str | None  # None without a tokenizer
     count: int | float
     weight: float
     share: float  # of the weight of all targets: count * weight / sum
@@ -35,10 +35,10 @@ class WeightedType:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` finds. Shares are fractions of 1; "weight" of a type means count * weight over the corpus.
+    """What `describe` finds. Shares are fractions of 1, and a share of the weight is one of sum count * weight.
 
-    The share of the weight is the share of the loss where every token is equally hard, so it is a model of the loss
-    before training, not a measurement of it.
+    If every token were equally hard, the share of the weight would be the share of the loss. So it is a model of the
+    loss before training, not a measurement of it.
     """
 
     vocab_size: int
@@ -69,7 +69,7 @@ class Description:
 
 
 def describe(table: Tensor, counts: Tensor | TokenCounts, tokenizer: Any = None) -> Description:
-    """What training with this table on this corpus means.
+    """What training with these weights on this corpus would mean.
 
     Args:
         table: (V,) weights.
@@ -89,15 +89,7 @@ def describe(table: Tensor, counts: Tensor | TokenCounts, tokenizer: Any = None)
     weights of seen types    0.5 to 2
     weight in the 100 most frequent types  100.0% (plain cross entropy: 100.0%)
     """
-    check_table(table)
-    tokens = check_counts(counts).cpu()
-    if len(tokens) > len(table):
-        raise ValueError(f"counts have {len(tokens)} entries; accepted are at most {len(table)}, the table's length")
-    tokens = torch.nn.functional.pad(tokens, (0, len(table) - len(tokens)))
-    weights = table.detach().double().cpu()
-    if tokens.sum() == 0:
-        raise ValueError("counts are all 0; accepted are counts of at least one target")
-
+    weights, tokens = check_table_and_counts(table, counts)
     mass = weights * tokens  # (V,) weight of each type over the corpus
     total = mass.sum()
     seen = tokens > 0
@@ -106,7 +98,7 @@ def describe(table: Tensor, counts: Tensor | TokenCounts, tokenizer: Any = None)
 
     def listed(order: Tensor) -> tuple[WeightedType, ...]:
         return tuple(
-            WeightedType(i, _text(tokenizer, i), _number(tokens[i]), weights[i].item(), shares[i].item())
+            WeightedType(i, _text(tokenizer, i), _count(tokens[i]), weights[i].item(), shares[i].item())
             for i in order[:LISTED_TYPES].tolist()
         )
 
@@ -117,7 +109,7 @@ def describe(table: Tensor, counts: Tensor | TokenCounts, tokenizer: Any = None)
     found = Description(
         vocab_size=len(table),
         types_seen=int(seen.sum()),
-        targets=_number(tokens.sum()),
+        targets=_count(tokens.sum()),
         effective_sample=(total**2 / (tokens.sum() * squares)).item() if squares > 0 else 0.0,
         mean_weight=(total / tokens.sum()).item(),
         frequent_share=shares[frequent].sum().item(),
@@ -132,7 +124,7 @@ def describe(table: Tensor, counts: Tensor | TokenCounts, tokenizer: Any = None)
     )
     sequences = counts.sequences if isinstance(counts, TokenCounts) else 0
     warnings = [*_warnings(found), *_end_of_text_warnings(found, weights, tokens, sequences, tokenizer)]
-    return Description(**{**vars(found), "warnings": tuple(warnings)})
+    return replace(found, warnings=tuple(warnings))
 
 
 def _warnings(found: Description) -> Sequence[str]:
@@ -141,7 +133,7 @@ def _warnings(found: Description) -> Sequence[str]:
         return ["every target weighs 0: nothing would be learned"]
     largest = found.largest_types[0]
     if largest.share > LARGE_SHARE and found.types_seen > 1:
-        # Under plain cross entropy a type may have that share too: then the weights are not to blame.
+        # A type that has such a share under plain cross entropy too does not owe it to the weights.
         plain = largest.count / found.targets
         if largest.share > 2 * plain:
             warnings.append(
@@ -170,7 +162,7 @@ def _warnings(found: Description) -> Sequence[str]:
 def _end_of_text_warnings(
     found: Description, weights: Tensor, tokens: Tensor, sequences: int, tokenizer: Any
 ) -> Sequence[str]:
-    """EOS is the token that training adds and counting forgets. At weight 1 it is as under plain cross entropy."""
+    """Whether EOS, which training often adds to the texts, was left out of the counts; of no concern at weight 1."""
     eos = getattr(tokenizer, "eos_token_id", None)
     if not isinstance(eos, int) or not 0 <= eos < len(weights) or tokens[eos] > 0 or weights[eos] == 1:
         return []
@@ -179,8 +171,10 @@ def _end_of_text_warnings(
         return [f"{name} was never counted: if training has it as a target, count it, or make it neutral"]
     mass = sequences * weights[eos].item()
     share = mass / (mass + found.mean_weight * found.targets)
-    consequence = f"once per sequence it would hold {share:.0%} of the weight"
-    return [f"{name} was never counted: if training has it as a target, {consequence}; count it, or make it neutral"]
+    return [
+        f"{name} was never counted: if training has it as a target, once per sequence it would hold {share:.0%} of the "
+        "weight; count it, or make it neutral"
+    ]
 
 
 def _named(entry: WeightedType) -> str:
@@ -196,5 +190,6 @@ def _text(tokenizer: Any, index: int) -> str | None:
         return None  # the output layer is longer than the tokenizer
 
 
-def _number(value: Tensor) -> int | float:
+def _count(value: Tensor) -> int | float:
+    """An integer wherever it is one: counts may also be fractions."""
     return int(value) if value == value.round() else value.item()

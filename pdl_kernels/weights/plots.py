@@ -1,4 +1,4 @@
-"""A picture of what a weight table does to a corpus. It needs matplotlib."""
+"""A picture of what a weight table does to a corpus. Importing this file needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -16,16 +15,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from torch import Tensor
 
 from pdl_kernels.weights import files
-from pdl_kernels.weights.checks import check_counts, check_table
+from pdl_kernels.weights.checks import check_table_and_counts
 from pdl_kernels.weights.counts import TokenCounts
 
 WIDTH, HEIGHT = 1500, 500  # pixels
 DOTS_PER_INCH = 100
 
-# Told apart in grey and by colour-blind readers.
+# These colours can be told apart in grey, and by colour-blind readers.
 BEFORE, AFTER, FITTED = "#999999", "#0072b2", "#d55e00"
 
-# A rank of the fit: the few most frequent types lie off the line, and at low counts many types tie.
+# The line is fitted between these bounds: the few most frequent types lie off it, and at low counts many types tie.
 FIRST_RANK = 10
 SMALLEST_COUNT = 5
 DRAWN_POINTS = 2000
@@ -45,9 +44,9 @@ class ZipfFit(NamedTuple):
 def zipf_fit(counts: Numbers) -> ZipfFit | None:
     """The line through counts against ranks, by least squares in log-log with weights 1 / rank.
 
-    So every decade of ranks counts the same; unweighted, the rare types, which are nearly all ranks, would be the fit.
-    It runs over ranks from 10 to the last with a count of 5, or from rank 1 where fewer than ten are left; None for
-    fewer than three.
+    With these weights every decade of ranks counts the same. Without them the rare types, which hold nearly all ranks,
+    would decide the fit. It uses the ranks from 10 to the last with a count of 5, or from 1 where these are fewer than
+    ten; of fewer than three ranks there is no fit.
 
     Args:
         counts: (n,) in any order.
@@ -65,13 +64,14 @@ def zipf_fit(counts: Numbers) -> ZipfFit | None:
 def shares_by_decade(weights: Numbers, counts: Numbers) -> tuple[list[int], Numbers, Numbers]:
     """Each decade of counts: its exponent, its share of the targets, its share of the weight.
 
-    A type counted from 10 to 99 times is in decade 1. The shares are of the loss, if every token were equally hard.
+    A type counted from 10 to 99 times is in decade 1. If every token were equally hard, these would be the shares of
+    the loss without and with the weights.
 
     Args:
         weights: (n,) of types with counts >= 1.
         counts: (n,)
     """
-    # Of whole numbers log10 is exact at powers of ten, so 1000 is in decade 3 and not, by rounding, in decade 2.
+    # log10 of a power of ten is exact, so rounding does not move 1000 from decade 3 to decade 2.
     decades = np.floor(np.log10(counts)).astype(int)
     mass = weights * counts
     before = np.bincount(decades, counts) / counts.sum()
@@ -83,21 +83,14 @@ def plot(path: str | os.PathLike[str], table: Tensor, counts: Tensor | TokenCoun
     """Write a PNG of 1500 x 500 pixels, whole or not at all: counts by rank, weights by count, shares of the loss.
 
     Args:
-        path: where to.
+        path: the file to write.
         table: (V,) weights.
         counts: (n,) counts of training targets, n <= V, or `TokenCounts`.
 
     Raises:
         ValueError: more counts than weights; counts that are all 0; bad weights or counts.
     """
-    check_table(table)
-    tokens = check_counts(counts).cpu()
-    if len(tokens) > len(table):
-        raise ValueError(f"counts have {len(tokens)} entries; accepted are at most {len(table)}, the table's length")
-    if tokens.sum() == 0:
-        raise ValueError("counts are all 0; accepted are counts of at least one target")
-    frequencies = torch.nn.functional.pad(tokens, (0, len(table) - len(tokens))).numpy()
-    weights = table.detach().double().cpu().numpy()
+    weights, frequencies = (tensor.numpy() for tensor in check_table_and_counts(table, counts))
     seen = frequencies > 0
 
     layout = ConstrainedLayoutEngine(w_pad=0.12)  # inches
@@ -120,7 +113,7 @@ def plot(path: str | os.PathLike[str], table: Tensor, counts: Tensor | TokenCoun
 
 def _draw_ranks(panel: Any, counts: Numbers) -> None:
     ordered = np.sort(counts)[::-1]
-    # Evenly in log rank: all ranks would be a hundred thousand markers on top of each other.
+    # Markers are even in log rank: one for every rank would put a hundred thousand on top of each other.
     ranks = np.unique(np.geomspace(1, len(ordered), DRAWN_POINTS).astype(int))
     panel.loglog(ranks, ordered[ranks - 1], ".", color=AFTER, markersize=5, label="token types")
     fit = zipf_fit(counts)
@@ -181,6 +174,6 @@ def _draw_shares(panel: Any, decades: list[int], before: Numbers, after: Numbers
 
 
 def _decade_name(decade: int) -> str:
-    """Its lower end: "1+", "10+", "100+", "1k+"."""
+    """The lower end of a decade: "1+", "10+", "100+", "1k+"."""
     thousands, rest = divmod(decade, 3)
     return f"{10**rest}{('', 'k', 'M', 'G', 'T', 'P', 'E')[thousands]}+"

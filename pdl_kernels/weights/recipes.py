@@ -1,4 +1,4 @@
-"""Other recipes from the literature, behind the same interface as PowerLawWeighting, for comparison."""
+"""Other recipes from the literature, for comparison, and every recipe by its name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from pdl_kernels.weights.checks import check_number
-from pdl_kernels.weights.power_law import Frequencies, PowerLawWeighting, Weighting
+from pdl_kernels.weights.power_law import PowerLawWeighting
+from pdl_kernels.weights.weighting import Frequencies, Weighting
 
 
 @dataclass(frozen=True)
 class InverseFrequencyWeighting(Weighting):
     """w(t) = 1 / freq(t): every type seen gets the same share of the weight. PDL with alpha=1 and eps=0.
 
-    Args: see `Weighting`. unseen="formula" is refused when the table is made: 1 / 0.
+    Args: see `Weighting`. unseen="formula" is refused when the table is made: it would be 1 / 0.
 
     >>> InverseFrequencyWeighting().table(torch.tensor([8, 2])).tolist()
     [0.625, 2.5]
@@ -38,7 +39,7 @@ class InverseFrequencyWeighting(Weighting):
 class SquareRootInverseFrequencyWeighting(Weighting):
     """w(t) = 1 / sqrt(freq(t)). PDL with alpha=0.5 and eps=0.
 
-    Args: see `Weighting`. unseen="formula" is refused when the table is made: 1 / 0.
+    Args: see `Weighting`. unseen="formula" is refused when the table is made: it would be 1 / 0.
 
     >>> SquareRootInverseFrequencyWeighting(normalize=None).table(torch.tensor([16, 4])).tolist()
     [0.25, 0.5]
@@ -57,11 +58,11 @@ class SquareRootInverseFrequencyWeighting(Weighting):
 class ClassBalancedWeighting(Weighting):
     """w(t) = (1 - beta) / (1 - beta ** freq(t)), the inverse of the effective number of samples.
 
-    beta=0 gives weights of 1; beta towards 1 gives 1 / freq(t). A type's weight stops falling at counts well above
-    1 / (1 - beta).
+    beta=0 gives weights of 1; beta towards 1 gives 1 / freq(t), which is InverseFrequencyWeighting. At counts well
+    above 1 / (1 - beta) a type's weight stops falling.
 
     Args:
-        beta: in [0, 1).
+        beta: >= 0 and < 1.
         normalize, unseen, neutral_ids, clip: see `Weighting`. unseen="formula" is refused when the table is made.
 
     >>> ClassBalancedWeighting(beta=0.5, normalize=None).table(torch.tensor([1, 2])).tolist()  # doctest: +ELLIPSIS
@@ -76,14 +77,12 @@ class ClassBalancedWeighting(Weighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("beta", self.beta, 0, 1)
-        if self.beta == 1:
-            raise ValueError("beta is 1; accepted are numbers >= 0 and < 1; its limit is InverseFrequencyWeighting")
+        check_number("beta", self.beta, 0, 1, ends="[)", why="; its limit at 1 is InverseFrequencyWeighting")
 
     def formula(self, frequencies: Frequencies) -> Tensor:
         if self.beta == 0:
             return torch.where(frequencies.tokens > 0, 1.0, torch.inf).double()
-        # 1 - beta ** n without cancellation where beta is near 1.
+        # 1 - beta ** n would cancel where beta is near 1; expm1 does not.
         return (1 - self.beta) / -torch.expm1(frequencies.tokens * math.log(self.beta))
 
 
@@ -108,14 +107,12 @@ class SmoothedInverseWeighting(Weighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("a", self.a, 0, 1)
-        if self.a == 0:
-            raise ValueError("a is 0; accepted are numbers > 0 and <= 1")
+        check_number("a", self.a, 0, 1, ends="(]")
 
     def formula(self, frequencies: Frequencies) -> Tensor:
         total = frequencies.tokens.sum()
         if total == 0:
-            raise ValueError("counts are all 0: there are no probabilities to weigh by")
+            raise ValueError("counts are all 0; accepted are counts of at least one target")
         return self.a / (self.a + frequencies.tokens / total)
 
 
@@ -123,9 +120,9 @@ class SmoothedInverseWeighting(Weighting):
 class IDFWeighting(Weighting):
     """w(t) = ln((1 + D) / (1 + d(t))) + 1, d(t): sequences that hold t as a target, D: all sequences.
 
-    The added ones keep weights finite and above 0, as common implementations do; a type in every sequence weighs 1
-    before normalising. It needs `TokenCounts(..., documents=True)`, since a token's count does not tell in how many
-    sequences it is.
+    The ones are added, as in common implementations, so that weights are finite and above 0; a type in every sequence
+    weighs 1 before normalising. The counts must be `TokenCounts(..., documents=True)`, since a token's count does not
+    tell in how many sequences it occurs.
 
     Args: see `Weighting`.
 

@@ -1,4 +1,4 @@
-"""Weight tables in files, with the recipe that made them."""
+"""Weight tables on disk, each with the recipe that made it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from pdl_kernels.weights import files
 from pdl_kernels.weights.checks import check_table
 from pdl_kernels.weights.counts import TokenCounts
-from pdl_kernels.weights.power_law import Weighting
 from pdl_kernels.weights.recipes import from_recipe
+from pdl_kernels.weights.weighting import Weighting
 
 FILE_KIND = "weight table"
 
@@ -20,8 +20,8 @@ class SavedWeights(NamedTuple):
     """What a weight file holds."""
 
     table: Tensor  # (V,) float32
-    weighting: Weighting | None  # the recipe
-    facts: dict[str, Any]  # "tokens", "counted" and "tokenizer" of the counts, where they were given
+    weighting: Weighting | None  # the recipe, if it was given to save_weights
+    facts: dict[str, Any]  # "tokens", "counted" and "tokenizer" of the counts, if they were given
 
 
 def save_weights(
@@ -30,7 +30,7 @@ def save_weights(
     weighting: Weighting | None = None,
     counts: TokenCounts | None = None,
 ) -> None:
-    """Write a table with its recipe and what the counts were of, as safetensors; whole or not at all."""
+    """Write a table, its recipe and what was counted, as a safetensors file, whole or not at all."""
     check_table(table)
     facts: dict[str, Any] = {"recipe": None if weighting is None else weighting.recipe()}
     if counts is not None:

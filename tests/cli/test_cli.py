@@ -115,7 +115,7 @@ def test_every_recipe_is_on_offer():
         (["--alpha", "much"], "Invalid value for '--alpha'"),
         (["--alpha", "nan"], "--alpha"),  # typer refuses it, or, where it is an older one, the package
         (["--alpha", "inf"], "--alpha"),
-        (["--recipe", "class_balanced", "--beta", 1], "--beta is 1; accepted are numbers >= 0 and < 1"),
+        (["--recipe", "class_balanced", "--beta", 1], "--beta is 1.0; accepted are numbers >= 0 and < 1"),
         (["--unseen", "most"], "--unseen is 'most'; accepted are a number >= 0, formula and cap"),
         (["--unseen", -1], "--unseen is -1"),
         (["--recipe", "inverse", "--unseen", "formula"], "is not finite in float32"),
