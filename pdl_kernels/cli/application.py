@@ -17,7 +17,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 # Errors of the package and of this command line about what the user gave; the message says all there is to say.
 USER_ERRORS = (ValueError, TypeError, IndexError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
-EXTRA = ("accelerate", "gguf", "huggingface_hub", "matplotlib", "pyarrow", "tokenizers", "transformers")
+EXTRA = ("accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "pyarrow", "tokenizers", "transformers")
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 the work could not be finished, such as a full disk; 2 an option or a file is not as it has "

@@ -33,13 +33,15 @@ def count(
         list[Path],
         typer.Argument(
             help="Files of one kind, by suffix: .jsonl or .json (one JSON object a line), .parquet, .txt (one text a "
-            "line; empty lines are skipped).",
+            "line; empty lines are skipped), .csv, .arrow, and .json with one array of objects; .jsonl, .json and .txt "
+            "also with .gz or .zst after it, .csv with .gz. Or globs of them in quotes, folders that save_to_disk of "
+            "Hugging Face datasets made, or one data set on the hub, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT.",
             show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Option(help="Where the counts go, a .safetensors file.", show_default=False)],
     column: Annotated[
-        str | None, typer.Option(help="The JSON key or parquet column to count.", show_default="text")
+        str | None, typer.Option(help="The JSON key or the table's column to count.", show_default="text")
     ] = None,
     vocab_size: Annotated[
         int | None,
@@ -109,6 +111,9 @@ def count(
         pdl-kernels count corpus.jsonl --tokenizer ./tokenizer.json --output counts.safetensors
 
         pdl-kernels count tokenized/*.parquet --column labels --vocab-size 50304 --output counts.safetensors
+
+    Nothing is written to disk a second time: .arrow files and saved folders are mapped into memory, a .json array is
+    read into it, and everything else is streamed. Only a name on the hub needs the network.
     """
     check_output(output, overwrite, ".safetensors")
     partial = beside(output, ".partial")

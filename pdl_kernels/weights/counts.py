@@ -9,17 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from pdl_kernels import distributed
-from pdl_kernels.data import batches as label_batches
-from pdl_kernels.data.labels import Integers, Piece, gather_pieces, split_labels
+from pdl_kernels.data.batches import Batches, batched, check_batch_size, label_batches, labels_of, length, row_blocks
+from pdl_kernels.data.labels import (
+    Block,
+    check_label_settings,
+    count_documents,
+    count_ids,
+    describe_label_settings,
+    gather_blocks,
+    label_blocks,
+)
 from pdl_kernels.data.tokenizers import encoder_of, end_of_text_id, name_of, vocab_size_of
-from pdl_kernels.weights import count_files
+from pdl_kernels.weights import files
 
 CHECKPOINT_IDS = 20_000_000  # targets between two checkpoints
 FACTS = ("sequences", "rows_read", "tokenizer", "counted")  # attributes that a file holds beside the counts
@@ -105,45 +112,26 @@ class TokenCounts:
             IndexError: an id outside [0, V) that is not `ignore_index`; names it and its position.
             TypeError: labels that are not integers.
         """
-        _check_shift_and_ignore_index(shift, ignore_index)
+        check_label_settings(shift, ignore_index)
         whole = self.document_counts is not None
-        return self._add(gather_pieces(split_labels(labels, shift, whole=whole)), ignore_index)
+        return self._add(gather_blocks(label_blocks(labels, shift, whole=whole)), ignore_index)
 
-    def _add(self, pieces: Iterator[Piece], ignore_index: int | None, rows: int = 0) -> TokenCounts:
+    def _add(self, blocks: Iterator[Block], ignore_index: int | None, rows: int = 0) -> TokenCounts:
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         document_counts = np.zeros(self.vocab_size, dtype=np.int64)
         sequences = 0
-        for piece in pieces:
-            kept = np.ones(len(piece.ids), dtype=bool) if ignore_index is None else piece.ids != ignore_index
-            counts += self._count(piece, kept)
+        for block in blocks:
+            kept = np.ones(len(block.ids), dtype=bool) if ignore_index is None else block.ids != ignore_index
+            counts += count_ids(block, kept, self.vocab_size)
             if self.document_counts is not None:
-                document_counts += self._count_documents(piece, kept)
-            sequences += len(piece.lengths)
+                document_counts += count_documents(block, kept, self.vocab_size)
+            sequences += len(block.lengths)
         sums: dict[str, Any] = {"sequences": self.sequences + sequences, "rows_read": self.rows_read + rows}
         sums["counts"] = torch.from_numpy(self.counts.numpy() + counts)
         if self.document_counts is not None:
             sums["document_counts"] = torch.from_numpy(self.document_counts.numpy() + document_counts)
         vars(self).update(sums)  # in one step: Ctrl-C finds all of a batch counted or none, or resuming would be wrong
         return self
-
-    def _count(self, piece: Piece, kept: npt.NDArray[np.bool_]) -> Integers:
-        ids = piece.ids[kept]
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
-            outside = kept & ((piece.ids < 0) | (piece.ids >= self.vocab_size))
-            index = int(outside.argmax())
-            raise IndexError(
-                f"{piece.locate(index)} is {piece.ids[index]}; accepted are ids from 0 to {self.vocab_size - 1} "
-                f"(vocab_size {self.vocab_size}) and the ignore_index"
-            )
-        return np.bincount(ids, minlength=self.vocab_size)
-
-    def _count_documents(self, piece: Piece, kept: npt.NDArray[np.bool_]) -> Integers:
-        sequence = np.repeat(np.arange(len(piece.lengths)), piece.lengths)
-        pairs = sequence[kept] * self.vocab_size + piece.ids[kept]  # one number per (sequence, token)
-        pairs.sort()
-        first = np.ones(len(pairs), dtype=bool)
-        first[1:] = pairs[1:] != pairs[:-1]
-        return np.bincount(pairs[first] % self.vocab_size, minlength=self.vocab_size)
 
     @classmethod
     def from_dataset(
@@ -180,16 +168,16 @@ class TokenCounts:
 
         Returns counts whose `counted` says what they are of.
         """
-        _check_shift_and_ignore_index(shift, ignore_index)
+        check_label_settings(shift, ignore_index)
         if source is None:
             fingerprint = getattr(dataset, "_fingerprint", None)
             source = "an iterable" if fingerprint is None else f"data set {fingerprint}"
         counts = cls(vocab_size, documents=documents, tokenizer=tokenizer)
-        counts.counted = f"column {column!r} of {source}, {_settings(shift, ignore_index)}"
-        _check_batch_size(batch_size)
+        counts.counted = f"column {column!r} of {source}, {describe_label_settings(shift, ignore_index)}"
+        check_batch_size(batch_size)
         counts._resume(checkpoint)
-        batches = label_batches.batches(dataset, column, shift, counts.rows_read, batch_size)
-        counts._add_batches(batches, ignore_index, checkpoint, label_batches.length(dataset), "row", progress)
+        batches = label_batches(dataset, column, shift, counts.rows_read, batch_size)
+        counts._add_batches(batches, ignore_index, checkpoint, length(dataset), "row", progress)
         return counts
 
     @classmethod
@@ -214,14 +202,14 @@ class TokenCounts:
                 Batches with `shift_labels` are counted with `column="shift_labels", shift=False`.
             shift, ignore_index: as in `update`.
         """
-        _check_shift_and_ignore_index(shift, ignore_index)
+        check_label_settings(shift, ignore_index)
         counts = cls(vocab_size, documents=documents, tokenizer=tokenizer)
         place = getattr(column, "__name__", type(column).__name__) if callable(column) else repr(column)
-        counts.counted = f"{place} of a data loader, {_settings(shift, ignore_index)}"
-        batches = tqdm(loader, desc="counting", unit="batch", total=label_batches.length(loader), disable=not progress)
+        counts.counted = f"{place} of a data loader, {describe_label_settings(shift, ignore_index)}"
+        batches = tqdm(loader, desc="counting", unit="batch", total=length(loader), disable=not progress)
         for number, batch in enumerate(batches):
-            labels = label_batches.labels_of(batch, column)
-            counts._add(gather_pieces(split_labels(labels, shift, f"batch {number}, labels")), ignore_index)
+            blocks = label_blocks(labels_of(batch, column), shift, f"batch {number}, labels")
+            counts._add(gather_blocks(blocks), ignore_index)
         return counts
 
     @classmethod
@@ -264,21 +252,23 @@ class TokenCounts:
         counts = cls(size, documents=documents, tokenizer=name_of(tokenizer))
         special = "with" if add_special_tokens else "without"
         eos = ", EOS appended" if append_eos else ""
-        counts.counted = f"{source}, {_settings(shift, None)}, {special} the tokenizer's special tokens{eos}"
-        _check_batch_size(batch_size)
+        counts.counted = (
+            f"{source}, {describe_label_settings(shift, None)}, {special} the tokenizer's special tokens{eos}"
+        )
+        check_batch_size(batch_size)
         counts._resume(checkpoint)
 
-        def batches() -> Iterator[tuple[int, Iterator[Piece]]]:
+        def batches() -> Batches:
             first = counts.rows_read
-            for batch in label_batches.batched(itertools.islice(texts, first, None), batch_size):
+            for batch in batched(itertools.islice(texts, first, None), batch_size):
                 for row, text in enumerate(batch, start=first):
                     if not isinstance(text, str):
                         raise TypeError(f"texts[{row}] is a {type(text).__name__}; accepted are strings")
                 ids = [[*sequence, *end] for sequence in encode(batch)]
-                yield len(batch), label_batches.split_rows(ids, shift, "the tokens of text", first)
+                yield len(batch), row_blocks(ids, shift, "the tokens of text", first)
                 first += len(batch)
 
-        counts._add_batches(batches(), None, checkpoint, label_batches.length(texts), "text", progress)
+        counts._add_batches(batches(), None, checkpoint, length(texts), "text", progress)
         return counts
 
     def _resume(self, checkpoint: str | os.PathLike[str] | None) -> None:
@@ -295,7 +285,7 @@ class TokenCounts:
 
     def _add_batches(
         self,
-        batches: Iterable[tuple[int, Iterator[Piece]]],  # rows and pieces of each batch
+        batches: Batches,
         ignore_index: int | None,
         checkpoint: str | os.PathLike[str] | None,
         total: int | None,
@@ -305,9 +295,9 @@ class TokenCounts:
         since_checkpoint = 0
         bar = tqdm(desc="counting", unit=unit, total=total, initial=self.rows_read, disable=not progress)
         try:
-            for rows, pieces in batches:
+            for rows, blocks in batches:
                 before = self.total
-                self._add(pieces, ignore_index, rows)
+                self._add(blocks, ignore_index, rows)
                 bar.update(rows)
                 since_checkpoint += self.total - before
                 if checkpoint is not None and since_checkpoint >= CHECKPOINT_IDS:
@@ -336,9 +326,9 @@ class TokenCounts:
     def merge(self, other: TokenCounts) -> TokenCounts:
         """Add `other` in place; returns self. ValueError: another vocab_size, tokenizer or only one with documents."""
         self._check_mergeable(other, "other")
-        _add_to(self.counts, other.counts.numpy())
+        self.counts.numpy()[:] += other.counts.numpy()
         if self.document_counts is not None and other.document_counts is not None:
-            _add_to(self.document_counts, other.document_counts.numpy())
+            self.document_counts.numpy()[:] += other.document_counts.numpy()
         self.sequences += other.sequences
         self.rows_read += other.rows_read
         self.tokenizer = self.tokenizer or other.tokenizer
@@ -391,12 +381,12 @@ class TokenCounts:
         if self.document_counts is not None:
             tensors["document_counts"] = self.document_counts
         facts = {"vocab_size": self.vocab_size, "tokens": self.total}
-        count_files.save(path, tensors, facts | {name: getattr(self, name) for name in FACTS})
+        files.save(path, files.COUNTS, tensors, facts | {name: getattr(self, name) for name in FACTS})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenCounts:
         """Read what `save` wrote. FileNotFoundError; ValueError: damaged, or a file of another kind or version."""
-        tensors, facts = count_files.load(path)
+        tensors, facts = files.load_counts(path)
         counts = cls(facts["vocab_size"], documents="document_counts" in tensors)
         vars(counts).update(tensors | {name: facts[name] for name in FACTS})
         return counts
@@ -407,25 +397,3 @@ class TokenCounts:
 
 def _zeros(size: int) -> Tensor:
     return torch.from_numpy(np.zeros(size, dtype=np.int64))
-
-
-def _add_to(total: Tensor, counts: Integers) -> None:
-    target = total.numpy()
-    np.add(target, counts, out=target)
-
-
-def _check_shift_and_ignore_index(shift: object, ignore_index: object) -> None:
-    if not isinstance(shift, bool):
-        raise TypeError(f"shift is {shift!r}; accepted are True (causal labels) and False (labels that are targets)")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted is an integer")
-
-
-def _check_batch_size(batch_size: object) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; accepted is an integer >= 1")
-
-
-def _settings(shift: bool, ignore_index: int | None) -> str:
-    ignored = "" if ignore_index is None else f", ignore_index {ignore_index}"
-    return f"{'shifted' if shift else 'not shifted'}{ignored}"

@@ -1,16 +1,19 @@
-"""Tensors and facts about them in one safetensors file, written whole or not at all."""
+"""Tensors and facts about them in one safetensors file, written whole or not at all; and the files of counts."""
 
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 FORMAT_VERSION = 1
+COUNTS = "token counts"  # the kind of file that `TokenCounts` writes
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -56,3 +59,30 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     if found == f"pdl_kernels {kind}":
         found += f" of version {header.get('format_version')}"
     raise ValueError(f"{os.fspath(path)} is {found}; accepted is pdl_kernels {kind} of version {FORMAT_VERSION}")
+
+
+def load_counts(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `load`, of a file that `TokenCounts` wrote; ValueError also where its tensors and facts do not agree."""
+    tensors, facts = load(path, COUNTS)
+    problem = _problem_of_counts(tensors, facts)
+    if problem:
+        raise ValueError(f"{os.fspath(path)} is damaged: {problem}")
+    return tensors, facts
+
+
+def _problem_of_counts(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str | None:
+    if missing := {"vocab_size", "tokens", "sequences", "rows_read", "tokenizer", "counted"} - facts.keys():
+        return f"it does not say {', '.join(sorted(missing))}"
+    for name in ("sequences", "rows_read"):
+        if not isinstance(facts[name], int) or facts[name] < 0:
+            return f"{name} are {facts[name]!r}"
+    if "counts" not in tensors:
+        return "it holds no counts"
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int64 or tensor.shape != (facts["vocab_size"],):
+            return f"{name} are {tensor.dtype} of shape {tuple(tensor.shape)}, not int64 of ({facts['vocab_size']},)"
+        if (tensor < 0).any():
+            return f"{name} are negative"
+    if int(tensors["counts"].sum()) != facts["tokens"]:
+        return f"the counts add up to {int(tensors['counts'].sum())}, and it says {facts['tokens']}"
+    return None

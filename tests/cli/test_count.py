@@ -11,7 +11,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 from pdl_kernels import TokenCounts  # noqa: E402
-from pdl_kernels.data import corpora  # noqa: E402
+from pdl_kernels.data import corpora, tables  # noqa: E402
 
 LABELS = [[3, 4, 5], [-100, -100, 6, 7], [], [2], [3, 3, 3]]
 
@@ -126,11 +126,11 @@ def test_count_labels_never_become_python_lists(monkeypatch):
     def refused(*_):
         raise AssertionError("a Python list of a column")
 
-    monkeypatch.setattr(corpora.ParquetFiles, "__iter__", refused)
+    monkeypatch.setattr(tables.ParquetFiles, "__iter__", refused)
     run("count", name, "--column", "labels", "--vocab-size", 8, "--output", "c.safetensors")
 
 
-@pytest.mark.parametrize(("ids_per_row", "rows"), [(1, corpora.LARGEST_BATCH), (2**12, 2**10)])
+@pytest.mark.parametrize(("ids_per_row", "rows"), [(1, tables.LARGEST_BATCH), (2**12, 2**10)])
 def test_batches_are_bounded_by_ids(ids_per_row, rows):
     # Long rows make the batch small, whatever lies in the other columns.
     columns = {"x": [[0] * 9] * 8, "labels": pa.array([[1] * ids_per_row] * 8, pa.list_(pa.int32()))}
@@ -189,7 +189,7 @@ def big_corpus(kind):
 
 @pytest.mark.parametrize("kind", ["text", "json texts", "json labels", "parquet labels"])
 def test_resume_after_an_interruption(tokenizer, monkeypatch, kind):
-    monkeypatch.setattr(corpora, "LARGEST_BATCH", 1000)
+    monkeypatch.setattr(tables, "LARGEST_BATCH", 1000)
     name, options = big_corpus(kind)
     run("count", name, *options, "--output", "whole.safetensors")
     with monkeypatch.context() as patches:
@@ -283,7 +283,7 @@ def test_resume_refuses_other_files_and_settings(tokenizer, monkeypatch, change,
 
 @pytest.mark.parametrize("kind", ["json labels", "parquet labels"])
 def test_resume_refuses_other_labels(tokenizer, monkeypatch, kind):
-    monkeypatch.setattr(corpora, "LARGEST_BATCH", 1000)
+    monkeypatch.setattr(tables, "LARGEST_BATCH", 1000)
     name, options = big_corpus(kind)
     with monkeypatch.context() as patches:
         Interruption(patches, 1)
@@ -329,7 +329,7 @@ def test_fingerprint_sees_size_and_every_sampled_block():
     content = bytearray(3_000_000)
     path = Path("large")
     seen = set()
-    for position in (None, 0, 2_999_999, 1_500_000 // corpora.BLOCK_BYTES):
+    for position in (None, 0, 2_999_999, 1_500_000 // corpora.SAMPLE_BYTES):
         changed = bytearray(content)
         if position is not None:
             changed[position] = 1
@@ -345,7 +345,7 @@ def test_fingerprint_sees_size_and_every_sampled_block():
 
 def test_errors_of_files(tokenizer):
     write_json("corpus.jsonl", [{"text": "the cat", "n": 1}])
-    Path("corpus.csv").write_text("the cat\n")
+    Path("corpus.doc").write_text("the cat\n")
     Path("corpus.txt").write_text("the cat\n")
     Path("empty.txt").write_text("\n  \n")
     Path("damaged.parquet").write_text("the cat\n")
@@ -357,7 +357,7 @@ def test_errors_of_files(tokenizer):
 
     assert "there is no file nowhere.jsonl" in message("nowhere.jsonl")
     assert "folder.jsonl is a folder" in message("folder.jsonl")
-    assert "corpus.csv has the suffix '.csv'; accepted are .jsonl or .json" in message("corpus.csv")
+    assert "corpus.doc has the suffix '.doc'; accepted are .jsonl or .json" in message("corpus.doc")
     mixed = message("corpus.jsonl", "corpus.txt")
     assert "several kinds, JSON lines (corpus.jsonl) and text (corpus.txt)" in mixed
     assert "corpus.txt is given twice" in message("corpus.txt", "./corpus.txt")
@@ -402,8 +402,8 @@ def test_errors_in_json_lines_name_file_and_line(tokenizer, line, message, first
         ([3, "a"], "line 2: column 'labels' holds a list with \"a\""),
         ([[3], [4, 5]], "line 2: column 'labels' holds a list with [3]"),
         ("the cat", "line 2: column 'labels' holds a string; accepted is a list of ids"),
-        ([3, 8], "labels of row 1[1] is 8; accepted are ids from 0 to 7"),
-        ([3, -7], "labels of row 1[1] is -7"),
+        ([3, 8], "labels.jsonl, line 2: labels[1] is 8; accepted are ids from 0 to 7"),
+        ([3, -7], "labels.jsonl, line 2: labels[1] is -7"),
     ],
 )
 def test_errors_in_json_labels(row, message):
@@ -419,8 +419,8 @@ def test_errors_in_json_labels(row, message):
         ({"text": [1]}, "text", "column 'text' holds int64; accepted are strings or lists of integers"),
         ({"text": [[0.5]]}, "text", "column 'text' holds list<"),
         ({"text": ["the", None]}, "text", "corpus.parquet, row 1: column 'text' is null"),
-        ({"text": [[3, None]]}, "text", "null inside a list"),
-        ({"text": [[0, 8]]}, "text", "text[0][1] is 8"),
+        ({"text": [[3, None]]}, "text", "corpus.parquet, row 0: text[1] is null inside a list"),
+        ({"text": [[0, 8]]}, "text", "corpus.parquet, row 0: text[1] is 8"),
     ],
 )
 def test_errors_in_parquet(tokenizer, columns, column, message):

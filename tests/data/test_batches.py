@@ -59,7 +59,7 @@ def test_every_kind_of_list_column(datasets, batch_size, shift):
 
 
 def views(datasets, dataset):
-    """Data sets over the same memory, whose arrow chunks have offsets, indices or several pieces."""
+    """Data sets over the same memory, whose arrow chunks have offsets, indices or several chunks."""
     return {
         "whole": dataset,
         "sliced": dataset.select(range(2, 7)),
@@ -443,12 +443,12 @@ def test_texts_and_data_sets_go_on(datasets, tmp_path, monkeypatch, kind):
     calls = 0
     add = TokenCounts._add
 
-    def interrupted(self, pieces, ignore_index, rows):
+    def interrupted(self, blocks, ignore_index, rows):
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return add(self, pieces, ignore_index, rows)
+        return add(self, blocks, ignore_index, rows)
 
     monkeypatch.setattr(TokenCounts, "_add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -545,11 +545,11 @@ from pdl_kernels import TokenCounts
 from pdl_kernels.weights import counts as frequency
 dataset = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
 def interrupted(add, calls=[]):
-    def count(self, pieces, ignore_index, rows):
+    def count(self, blocks, ignore_index, rows):
         calls.append(1)
         if len(calls) == 3 and sys.argv[4] == "stop":
             raise KeyboardInterrupt
-        return add(self, pieces, ignore_index, rows)
+        return add(self, blocks, ignore_index, rows)
     return count
 TokenCounts._add = interrupted(TokenCounts._add)
 dataset = dataset.map(lambda row: {"labels": [token + 1 for token in row["labels"]]})

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdl_kernels import TokenCounts
-from pdl_kernels.data.labels import PIECE_IDS
+from pdl_kernels.data.labels import BLOCK_IDS
 
 ROOT = Path(__file__).resolve().parents[2]
 V = 12
@@ -276,10 +276,10 @@ def test_position_0_of_a_shifted_sequence_is_never_read():
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("form", ["array", "lists", "tensors", "three dimensions", "one sequence"])
-def test_an_id_beyond_the_first_piece(form, shift):
-    """Ids are counted in pieces; the position is the whole input's, and what came before is not kept."""
+def test_an_id_beyond_the_first_block(form, shift):
+    """Ids are counted in blocks; the position is the whole input's, and what came before is not kept."""
     rows = random_rows(2500, 1000)
-    assert rows.size > 2 * PIECE_IDS
+    assert rows.size > 2 * BLOCK_IDS
     rows[::3, 5] = -100
     rows[2345, 67] = 4321
     labels, place = {
@@ -298,9 +298,9 @@ def test_an_id_beyond_the_first_piece(form, shift):
     assert count(rows, shift).counts.tolist() == np.bincount(rows[:, int(shift) :][rows[:, int(shift) :] >= 0]).tolist()
 
 
-@pytest.mark.parametrize("length", [1, 2, 999, PIECE_IDS - 1, PIECE_IDS, PIECE_IDS + 1])
-def test_sizes_around_a_piece(length):
-    rows = random_rows(max(2, PIECE_IDS // length + 2), length)
+@pytest.mark.parametrize("length", [1, 2, 999, BLOCK_IDS - 1, BLOCK_IDS, BLOCK_IDS + 1])
+def test_sizes_around_a_block(length):
+    rows = random_rows(max(2, BLOCK_IDS // length + 2), length)
     got = TokenCounts(V, documents=True).update(rows, shift=False)
     assert got.counts.tolist() == np.bincount(rows.ravel(), minlength=V).tolist()
     assert got.document_counts.tolist() == [int((rows == token).any(1).sum()) for token in range(V)]
@@ -572,7 +572,7 @@ def test_ten_million_tokens_stay_under_one_gigabyte(tmp_path, form):
 
 
 @needs_proc
-def test_one_long_stream_of_tokens_is_counted_in_pieces(tmp_path):
+def test_one_long_stream_of_tokens_is_counted_in_blocks(tmp_path):
     """A packed corpus is often one flat file: memory may not grow with it."""
     path = tmp_path / "tokens"
     with open(path, "wb") as file:

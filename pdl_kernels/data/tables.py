@@ -1,0 +1,301 @@
+"""Reads tables by Hugging Face `datasets`: csv, parquet, arrow, folders that it saved, and names on the hub.
+
+Each file is opened on its own: given several, `datasets` would cast all of them to the types of the first one, and its
+errors would name none. Nothing is converted on disk: arrow files and saved folders are mapped into memory, everything
+else is streamed, because `load_dataset` otherwise writes each corpus a second time below the user's home folder. It
+also asks the network about local files, which the readers used here do not.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdl_kernels.data import batches
+from pdl_kernels.data.lines import missing_column, numbered_lines
+
+BATCH_IDS = 2**22  # label ids read at a time: 32 MiB as int64
+LARGEST_BATCH = 2**16  # rows
+TEXT_BATCH = 1000  # texts read at a time
+
+
+def _datasets() -> Any:
+    import datasets
+
+    # It logs each error that it raises; users read those errors with the name of the file.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    return datasets
+
+
+class TableFiles:
+    """One column of tables, strings or lists of ids."""
+
+    kind = "table"
+
+    def __init__(self, files: Sequence[Any], column: str) -> None:
+        self.files = files
+        self.column = column
+        self.holds = "texts"  # or "labels"
+
+    def open(self, file: Any) -> Any:
+        """A data set of `datasets` with the column."""
+        raise NotImplementedError
+
+    def schema(self, file: Any) -> Any:
+        """The names and arrow types of a file's columns; None where it has no rows."""
+        raise NotImplementedError
+
+    def rows_and_ids(self, file: Any) -> tuple[int, int]:
+        """The number of rows in a file that holds labels, and about how many ids they have."""
+        raise NotImplementedError
+
+    def content(self, file: Any) -> str | None:
+        """What the column holds, "texts" or "labels"; None where there are no rows."""
+        with _damage_named(file, self.kind):
+            schema = self.schema(file)
+        if schema is None:
+            return None
+        if self.column not in schema.names:
+            raise ValueError(missing_column(str(file), self.column, schema.names))
+        return self.content_of(schema.field(self.column).type, f"{file}: column {self.column!r}")
+
+    def content_of(self, kind: Any, name: str) -> str:
+        """What a column of this arrow type holds; ValueError, which calls it `name`, where that cannot be counted."""
+        import pyarrow as pa
+
+        if _is_list(kind) and pa.types.is_integer(kind.value_type):
+            return "labels"
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return "texts"
+        raise ValueError(f"{name} holds {kind}; accepted are strings or lists of integers")
+
+    @property
+    def batch_size(self) -> int:
+        """Few passes over the vocabulary where rows are short, bounded memory where they are long."""
+        if self.holds == "texts":
+            return TEXT_BATCH
+        sizes = [self.rows_and_ids(file) for file in self.files]
+        rows, ids = (sum(numbers) for numbers in zip(*sizes, strict=True))
+        return int(min(max(BATCH_IDS * rows // max(ids, 1), 1), LARGEST_BATCH))
+
+    def __iter__(self) -> Iterator[str]:
+        for file in self.files:
+            for row, text in enumerate(self._texts(file)):
+                if text is None:
+                    raise ValueError(f"{file}, row {row}: column {self.column!r} is null; accepted is a string")
+                yield text
+
+    def _texts(self, file: Any) -> Iterator[str | None]:
+        with _damage_named(file, self.kind):
+            for table in self.tables(file, 0, TEXT_BATCH):
+                yield from table[self.column].to_pylist()
+
+    def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
+        """The labels of the rows after the first `skipped`; files before them are not read."""
+        for file in self.files:
+            rows, _ = self.rows_and_ids(file)
+            if skipped < rows:
+                with _damage_named(file, self.kind):
+                    yield from self.tables(file, skipped, batch_size)
+            skipped = max(skipped - rows, 0)
+
+    def tables(self, file: Any, skipped: int, batch_size: int) -> Iterator[Any]:
+        return batches.arrow_tables(self.open(file), self.column, skipped, batch_size)
+
+    def place(self, row: int) -> str:
+        """Where a row of labels stands, for a message."""
+        sizes = [self.rows_and_ids(file)[0] for file in self.files]
+        ends = np.cumsum(sizes)
+        which = int(np.searchsorted(ends, row, side="right"))
+        return f"{self.files[which]}, row {row - int(ends[which]) + sizes[which]}"
+
+
+class ArrowFiles(TableFiles):
+    """Files of arrow's stream format, which `datasets` writes, or of its file format; both mapped into memory."""
+
+    kind = "arrow file"
+
+    def open(self, file: Path) -> Any:
+        with open(file, "rb") as start:
+            if start.read(6) == b"ARROW1":  # the file format, which `datasets` does not open by itself
+                import pyarrow as pa
+
+                return _datasets().Dataset(pa.ipc.open_file(pa.memory_map(str(file))).read_all())
+        return _datasets().Dataset.from_file(str(file))
+
+    def schema(self, file: Path) -> Any:
+        dataset = self.open(file)
+        return dataset.features.arrow_schema if len(dataset) else None
+
+    def rows_and_ids(self, file: Path) -> tuple[int, int]:
+        dataset = self.open(file)
+        return len(dataset), dataset.data.column(self.column).nbytes // 4
+
+    def __len__(self) -> int:
+        return sum(len(self.open(file)) for file in self.files)
+
+
+class SavedFolders(ArrowFiles):
+    """Folders that `Dataset.save_to_disk` made."""
+
+    kind = "saved data set"
+
+    def open(self, file: Path) -> Any:
+        return _datasets().load_from_disk(str(file))
+
+
+class ParquetFiles(TableFiles):
+    kind = "parquet file"
+
+    def metadata(self, file: Path) -> Any:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(file)
+
+    def schema(self, file: Path) -> Any:
+        metadata = self.metadata(file)
+        return metadata.schema.to_arrow_schema() if metadata.num_rows else None
+
+    def rows_and_ids(self, file: Path) -> tuple[int, int]:
+        metadata = self.metadata(file)
+        leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
+        leaf = next(leaf for leaf, path in enumerate(leaves) if path.startswith(f"{self.column}."))
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        return metadata.num_rows, sum(group.column(leaf).num_values for group in groups)
+
+    def __len__(self) -> int:
+        return sum(self.metadata(file).num_rows for file in self.files)
+
+    def open(self, file: Path, batch_size: int = TEXT_BATCH) -> Any:
+        import pyarrow as pa
+
+        datasets = _datasets()
+        # Left to itself it refuses files in which any column has a type that it lacks, such as a map.
+        kind = self.metadata(file).schema.to_arrow_schema().field(self.column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        features = datasets.Features.from_arrow_schema(pa.schema([(self.column, kind)]))
+        # All that it writes to its cache is a lock, which opening needs and reading does not.
+        with tempfile.TemporaryDirectory() as cache:
+            return datasets.IterableDataset.from_parquet(
+                str(file), columns=[self.column], features=features, batch_size=batch_size, cache_dir=cache
+            )
+
+    def tables(self, file: Path, skipped: int, batch_size: int) -> Iterator[Any]:
+        """Row groups that are skipped are not read."""
+        metadata = self.metadata(file)
+        first = 0
+        while skipped and skipped >= metadata.row_group(first).num_rows:
+            skipped -= metadata.row_group(first).num_rows
+            first += 1
+        dataset = self.open(file, batch_size)
+        groups = dataset.reshard() if first else dataset  # one shard for each row group, or one for the file
+        for group in range(first, groups.num_shards):
+            part = groups.shard(groups.num_shards, group)
+            yield from batches.arrow_tables(part, self.column, skipped, batch_size)
+            skipped = 0
+
+
+class CsvFiles(TableFiles):
+    """A column of csv files, whose values are texts as they stand there: nothing is taken for a number or for null."""
+
+    kind = "csv file"
+
+    def open(self, file: Path) -> Any:
+        datasets = _datasets()
+        return self._read(file, features=datasets.Features({self.column: datasets.Value("string")}))
+
+    def schema(self, file: Path) -> Any:
+        return _first_schema(self._read(file, nrows=1))
+
+    def content_of(self, kind: Any, name: str) -> str:
+        return "texts"
+
+    def _read(self, file: Path, **options: Any) -> Any:
+        with tempfile.TemporaryDirectory() as cache:
+            return _datasets().IterableDataset.from_csv(str(file), keep_default_na=False, cache_dir=cache, **options)
+
+
+class HubDataset(TableFiles):
+    """One split of a data set on the Hugging Face hub, streamed."""
+
+    kind = "data set on the hub"
+    batch_size = TEXT_BATCH  # how long its rows are is not known
+
+    def __init__(self, repository: str, configuration: str | None, split: str, column: str) -> None:
+        import huggingface_hub
+
+        name = ":".join(part for part in (repository, configuration, split) if part is not None)
+        super().__init__([name], column)
+        try:
+            # Resumed work must read the commit that it began with.
+            commit = huggingface_hub.HfApi().dataset_info(repository).sha
+            self.dataset = _datasets().load_dataset(
+                repository, configuration, split=split, revision=commit, streaming=True
+            )
+        except Exception as error:  # the libraries raise errors of many kinds
+            raise ValueError(
+                f"there is no file {name}, and the Hugging Face hub did not give a data set ({_first_line(error)}); "
+                "accepted on the hub are OWNER/NAME:SPLIT and OWNER/NAME:CONFIG:SPLIT"
+            ) from None
+        self.source = f"data set {name} on the Hugging Face hub, commit {commit}"
+
+    def open(self, file: str) -> Any:
+        return self.dataset
+
+    def schema(self, file: str) -> Any:
+        return _first_schema(self.dataset)
+
+    def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
+        with _damage_named(self.files[0], self.kind):
+            yield from self.tables(self.files[0], skipped, batch_size)
+
+    def place(self, row: int) -> str:
+        return f"{self.files[0]}, row {row}"
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """The files of a folder that `Dataset.save_to_disk` made. ValueError: another folder, or one of several splits."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent for path in folder.glob("*/state.json"))
+        raise ValueError(f"{folder} holds several splits; accepted is one of {', '.join(map(str, splits))}")
+    if not (folder / "state.json").is_file():
+        raise ValueError(
+            f"{folder} is a folder; accepted are files, such as {folder}/*.jsonl, and folders made by save_to_disk"
+        )
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+@contextmanager
+def _damage_named(file: Any, kind: str) -> Iterator[None]:
+    """Errors of the reading libraries, with the name of the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        if kind == CsvFiles.kind:
+            for _ in numbered_lines(file):  # raises at the line
+                pass
+        raise ValueError(f"{file} is no UTF-8 ({error.reason}); accepted is UTF-8") from None
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, and not what is on it
+            raise
+        raise ValueError(f"{file} is damaged or no {kind} ({_first_line(error)})") from None
+
+
+def _first_schema(dataset: Any) -> Any:
+    return next((table.schema for table in dataset.with_format("arrow").iter(1)), None)
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
