@@ -8,7 +8,9 @@ also asks the network about local files, which the readers used here do not.
 
 from __future__ import annotations
 
+import collections
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,31 +34,27 @@ def _datasets() -> Any:
     return datasets
 
 
-class TableFiles:
+class TableFiles(ABC):
     """One column of tables, strings or lists of ids."""
 
-    kind = "table"
+    problem = "cannot be read"  # what a message says of a file whose reading failed
 
     def __init__(self, files: Sequence[Any], column: str) -> None:
         self.files = files
         self.column = column
         self.holds = "texts"  # or "labels"
 
+    @abstractmethod
     def open(self, file: Any) -> Any:
         """A data set of `datasets` with the column."""
-        raise NotImplementedError
 
+    @abstractmethod
     def schema(self, file: Any) -> Any:
         """The names and arrow types of a file's columns; None where it has no rows."""
-        raise NotImplementedError
-
-    def rows_and_ids(self, file: Any) -> tuple[int, int]:
-        """The number of rows in a file that holds labels, and about how many ids they have."""
-        raise NotImplementedError
 
     def content(self, file: Any) -> str | None:
         """What the column holds, "texts" or "labels"; None where there are no rows."""
-        with _damage_named(file, self.kind):
+        with _damage_named(self, file):
             schema = self.schema(file)
         if schema is None:
             return None
@@ -77,12 +75,8 @@ class TableFiles:
 
     @property
     def batch_size(self) -> int:
-        """Few passes over the vocabulary where rows are short, bounded memory where they are long."""
-        if self.holds == "texts":
-            return TEXT_BATCH
-        sizes = [self.rows_and_ids(file) for file in self.files]
-        rows, ids = (sum(numbers) for numbers in zip(*sizes, strict=True))
-        return int(min(max(BATCH_IDS * rows // max(ids, 1), 1), LARGEST_BATCH))
+        """Rows to read at a time."""
+        return TEXT_BATCH
 
     def __iter__(self) -> Iterator[str]:
         for file in self.files:
@@ -92,34 +86,58 @@ class TableFiles:
                 yield text
 
     def _texts(self, file: Any) -> Iterator[str | None]:
-        with _damage_named(file, self.kind):
+        with _damage_named(self, file):
             for table in self.tables(file, 0, TEXT_BATCH):
                 yield from table[self.column].to_pylist()
+
+    def tables(self, file: Any, skipped: int, batch_size: int) -> Iterator[Any]:
+        """The column as arrow tables, from the row after the first `skipped` on."""
+        return batches.arrow_tables(self.open(file), self.column, skipped, batch_size)
+
+
+class SizedTables(TableFiles):
+    """Files that tell how many rows they have before they are read."""
+
+    @abstractmethod
+    def rows(self, file: Any) -> int:
+        """The number of rows in a file."""
+
+    @abstractmethod
+    def ids(self, file: Any) -> int:
+        """About how many ids a file with labels holds."""
+
+    def __len__(self) -> int:
+        return sum(self.rows(file) for file in self.files)
+
+    @property
+    def batch_size(self) -> int:
+        """Few passes over the vocabulary where rows are short, bounded memory where they are long."""
+        if self.holds == "texts":
+            return TEXT_BATCH
+        ids = sum(self.ids(file) for file in self.files)
+        return min(max(BATCH_IDS * len(self) // max(ids, 1), 1), LARGEST_BATCH)
 
     def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
         """The labels of the rows after the first `skipped`; files before them are not read."""
         for file in self.files:
-            rows, _ = self.rows_and_ids(file)
+            rows = self.rows(file)
             if skipped < rows:
-                with _damage_named(file, self.kind):
+                with _damage_named(self, file):
                     yield from self.tables(file, skipped, batch_size)
             skipped = max(skipped - rows, 0)
 
-    def tables(self, file: Any, skipped: int, batch_size: int) -> Iterator[Any]:
-        return batches.arrow_tables(self.open(file), self.column, skipped, batch_size)
-
     def place(self, row: int) -> str:
         """Where a row of labels stands, for a message."""
-        sizes = [self.rows_and_ids(file)[0] for file in self.files]
+        sizes = [self.rows(file) for file in self.files]
         ends = np.cumsum(sizes)
         which = int(np.searchsorted(ends, row, side="right"))
         return f"{self.files[which]}, row {row - int(ends[which]) + sizes[which]}"
 
 
-class ArrowFiles(TableFiles):
+class ArrowFiles(SizedTables):
     """Files of arrow's stream format, which `datasets` writes, or of its file format; both mapped into memory."""
 
-    kind = "arrow file"
+    problem = "is damaged or no arrow file"
 
     def open(self, file: Path) -> Any:
         with open(file, "rb") as start:
@@ -133,25 +151,26 @@ class ArrowFiles(TableFiles):
         dataset = self.open(file)
         return dataset.features.arrow_schema if len(dataset) else None
 
-    def rows_and_ids(self, file: Path) -> tuple[int, int]:
-        dataset = self.open(file)
-        return len(dataset), dataset.data.column(self.column).nbytes // 4
+    def rows(self, file: Path) -> int:
+        return len(self.open(file))
 
-    def __len__(self) -> int:
-        return sum(len(self.open(file)) for file in self.files)
+    def ids(self, file: Path) -> int:
+        return int(self.open(file).data.column(self.column).nbytes) // 4
 
 
 class SavedFolders(ArrowFiles):
     """Folders that `Dataset.save_to_disk` made."""
 
-    kind = "saved data set"
+    problem = "is damaged or no saved data set"
 
     def open(self, file: Path) -> Any:
         return _datasets().load_from_disk(str(file))
 
 
-class ParquetFiles(TableFiles):
-    kind = "parquet file"
+class ParquetFiles(SizedTables):
+    """Parquet files, streamed."""
+
+    problem = "is damaged or no parquet file"
 
     def metadata(self, file: Path) -> Any:
         import pyarrow.parquet
@@ -162,15 +181,14 @@ class ParquetFiles(TableFiles):
         metadata = self.metadata(file)
         return metadata.schema.to_arrow_schema() if metadata.num_rows else None
 
-    def rows_and_ids(self, file: Path) -> tuple[int, int]:
+    def rows(self, file: Path) -> int:
+        return int(self.metadata(file).num_rows)
+
+    def ids(self, file: Path) -> int:
         metadata = self.metadata(file)
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
         leaf = next(leaf for leaf, path in enumerate(leaves) if path.startswith(f"{self.column}."))
-        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-        return metadata.num_rows, sum(group.column(leaf).num_values for group in groups)
-
-    def __len__(self) -> int:
-        return sum(self.metadata(file).num_rows for file in self.files)
+        return sum(metadata.row_group(group).column(leaf).num_values for group in range(metadata.num_row_groups))
 
     def open(self, file: Path, batch_size: int = TEXT_BATCH) -> Any:
         import pyarrow as pa
@@ -204,7 +222,7 @@ class ParquetFiles(TableFiles):
 class CsvFiles(TableFiles):
     """A column of csv files, whose values are texts as they stand there: nothing is taken for a number or for null."""
 
-    kind = "csv file"
+    problem = "is damaged or no csv file"
 
     def open(self, file: Path) -> Any:
         datasets = _datasets()
@@ -224,18 +242,18 @@ class CsvFiles(TableFiles):
 class HubDataset(TableFiles):
     """One split of a data set on the Hugging Face hub, streamed."""
 
-    kind = "data set on the hub"
-    batch_size = TEXT_BATCH  # how long its rows are is not known
+    problem = "could not be read from the Hugging Face hub"
 
     def __init__(self, repository: str, configuration: str | None, split: str, column: str) -> None:
         import huggingface_hub
 
         name = ":".join(part for part in (repository, configuration, split) if part is not None)
         super().__init__([name], column)
+        datasets = _datasets()
         try:
             # Resumed work must read the commit that it began with.
             commit = huggingface_hub.HfApi().dataset_info(repository).sha
-            self.dataset = _datasets().load_dataset(
+            self.dataset = datasets.load_dataset(
                 repository, configuration, split=split, revision=commit, streaming=True
             )
         except Exception as error:  # the libraries raise errors of many kinds
@@ -252,7 +270,7 @@ class HubDataset(TableFiles):
         return _first_schema(self.dataset)
 
     def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
-        with _damage_named(self.files[0], self.kind):
+        with _damage_named(self, self.files[0]):
             yield from self.tables(self.files[0], skipped, batch_size)
 
     def place(self, row: int) -> str:
@@ -272,19 +290,18 @@ def saved_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _damage_named(file: Any, kind: str) -> Iterator[None]:
+def _damage_named(reader: TableFiles, file: Any) -> Iterator[None]:
     """Errors of the reading libraries, with the name of the file."""
     try:
         yield
     except UnicodeDecodeError as error:
-        if kind == CsvFiles.kind:
-            for _ in numbered_lines(file):  # raises at the line
-                pass
+        if isinstance(reader, CsvFiles):
+            collections.deque(numbered_lines(file), maxlen=0)  # raises at the line
         raise ValueError(f"{file} is no UTF-8 ({error.reason}); accepted is UTF-8") from None
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, and not what is on it
             raise
-        raise ValueError(f"{file} is damaged or no {kind} ({_first_line(error)})") from None
+        raise ValueError(f"{file} {reader.problem} ({_first_line(error)})") from None
 
 
 def _first_schema(dataset: Any) -> Any:

@@ -1,5 +1,7 @@
 """`pdl-kernels count`, end to end, on files that the tests make."""
 
+import gzip
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -47,6 +49,29 @@ def test_count_texts_of_every_kind(tokenizer, suffix):
     assert counts.tokenizer == tokenizer
     assert f"{counts.total} targets in {len(TEXTS)} sequences" in output
     assert not [name for name in files_here() if "partial" in name or name.startswith(".")]
+
+
+def test_count_globs_folders_and_compressed_files(tokenizer):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk("saved")
+    with gzip.open("corpus.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    Path("a.csv").write_text("text\n" + "\n".join(TEXTS[:4]))
+    Path("b.csv").write_text("text\n" + "\n".join(TEXTS[4:]))
+    for name in ("saved", "corpus.jsonl.gz", "?.csv"):
+        run("count", name, "--tokenizer", tokenizer, "--output", "c.safetensors", "--overwrite")
+        assert TokenCounts.load("c.safetensors").counts.tolist() == expected_counts(TEXTS), name
+
+
+def test_count_names_the_extra_where_datasets_is_missing(tokenizer, monkeypatch):
+    write_parquet("corpus.parquet", {"text": TEXTS})
+    Path("corpus.txt").write_text("the cat\n")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    options = ["--tokenizer", tokenizer, "--output", "c.safetensors"]
+    for name in ("corpus.parquet", "someone/data:train"):
+        message = fail(2, "count", name, *options)
+        assert message == "error: datasets is not installed: pip install 'pdl-kernels[cli]'\n"
+    run("count", "corpus.txt", *options)
 
 
 @pytest.mark.parametrize("kind", ["strings", "large strings", "dictionary"])
@@ -238,6 +263,14 @@ def test_interrupted_before_anything_was_counted_leaves_no_file(tokenizer, monke
     Interruption(monkeypatch, 0)
     assert "keeps" not in fail(130, "count", name, *options, "--output", "c.safetensors")
     assert not [file for file in files_here() if file.startswith("c.")]
+
+
+def test_resume_refuses_a_damaged_partial_file_and_keeps_it(tokenizer):
+    Path("corpus.txt").write_text("the cat\n")
+    Path("c.safetensors.partial").write_text("precious")
+    message = fail(2, "count", "corpus.txt", "--tokenizer", tokenizer, "--output", "c.safetensors", "--resume")
+    assert "c.safetensors.partial is damaged" in message
+    assert Path("c.safetensors.partial").read_text() == "precious"
 
 
 def test_resume_without_a_partial_file_starts(tokenizer):

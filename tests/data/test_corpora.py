@@ -364,6 +364,19 @@ def test_a_hub_that_gives_nothing(hub, monkeypatch):
     assert hub == []
 
 
+def test_a_hub_that_stops_giving(hub, monkeypatch):
+    texts, labels = open_corpus(["someone/data:train"]), open_corpus(["someone/data:train"], "labels")
+
+    def lost(*_, **__):
+        raise ConnectionError("the connection was lost")
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", lost)
+    message = r"someone/data:train could not be read from the Hugging Face hub \(the connection was lost\)"
+    for read in (lambda: list(texts.rows), lambda: count(labels)):
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
 def test_only_names_with_a_split_are_asked_of_the_hub(hub):
     for name in ("someone/data", "someone/data/more:train", "data:train"):
         with pytest.raises(FileNotFoundError, match=f"there is no file {name}"):
