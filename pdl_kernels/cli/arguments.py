@@ -1,4 +1,4 @@
-"""What several commands take: output files and tokenizers."""
+"""What several commands take: files of counts and weights, output files, and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pdl_kernels.errors import first_line
+
+CountsFile = Annotated[Path, typer.Argument(help="The counts that `pdl-kernels count` wrote.", show_default=False)]
+WeightsFile = Annotated[Path, typer.Argument(help="The table that `pdl-kernels weights` wrote.", show_default=False)]
 TOKENIZER_HELP = (
     "A tokenizer.json, a folder with a transformers tokenizer, a .gguf model file, or a name on the Hugging Face hub "
     "(needs the network the first time)."
@@ -20,7 +24,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output
 
 
 def check_output(output: Path, overwrite: bool, suffix: str) -> None:
-    """Before any work: whether `output` can be written."""
+    """ValueError, before any work is done, where `output` cannot be written."""
     if output.suffix.lower() != suffix:
         raise ValueError(f"--output is {output}; accepted are names that end in {suffix}")
     if output.is_dir():
@@ -54,8 +58,8 @@ def _tokenizer_from_json(path: Path) -> Any:
 
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise ValueError(f"--tokenizer is {path}, which is no tokenizer.json ({_first_line(error)})") from None
+    except Exception as error:  # the library raises Exception and no class of its own
+        raise ValueError(f"--tokenizer is {path}, which is no tokenizer.json ({first_line(error)})") from None
 
 
 def _pretrained(name: str, folder: str, **options: Any) -> Any:
@@ -67,7 +71,7 @@ def _pretrained(name: str, folder: str, **options: Any) -> Any:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever a damaged file makes the library raise
-        raise ValueError(f"--tokenizer is {name}, which cannot be read ({_first_line(error)})") from None
+        raise ValueError(f"--tokenizer is {name}, which cannot be read ({first_line(error)})") from None
 
 
 def _from_hub(name: str) -> Any:
@@ -75,9 +79,9 @@ def _from_hub(name: str) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    huggingface_hub.utils.logging.set_verbosity_error()  # ty: it reports each attempt to connect
+    huggingface_hub.utils.logging.set_verbosity_error()  # otherwise it reports each attempt to connect
     try:
-        # What is there already first: without a network the hub's retries take most of a minute.
+        # First what was downloaded before: without a network the hub's retries take most of a minute.
         return transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception:
         print(f"asking the Hugging Face hub for the tokenizer {name}", file=sys.stderr)
@@ -86,12 +90,15 @@ def _from_hub(name: str) -> Any:
     except Exception as error:
         raise ValueError(
             f"--tokenizer is {name}: there is no such file or folder, and the Hugging Face hub did not give it "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Of what a tokenizer does, wherever it was read from; to be taken before its first use, which may alter it."""
+    """The same for tokenizers that do the same, wherever they were read from.
+
+    Take it before the tokenizer's first use, which may alter it.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "to_str"):
         description = backend.to_str()
@@ -100,10 +107,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(description.encode()).hexdigest()[:16]
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def beside(output: Path, suffix: str) -> Path:
-    """`output` with something after its name."""
+    """The file whose name is that of `output` with `suffix` after it."""
     return output.with_name(os.fspath(output.name) + suffix)

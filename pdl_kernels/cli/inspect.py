@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,18 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pdl_kernels.cli.arguments import Tokenizer, load_tokenizer
-from pdl_kernels.cli.weights import COUNTS_HELP
+from pdl_kernels.cli.arguments import CountsFile, Tokenizer, WeightsFile, load_tokenizer
 from pdl_kernels.weights.counts import TokenCounts
 from pdl_kernels.weights.description import MOST_FREQUENT_TYPES, Description, WeightedType, describe
 from pdl_kernels.weights.saved import SavedWeights, load_weights
 
-WEIGHTS_HELP = "The table that `pdl-kernels weights` wrote."
-
 
 def inspect(
-    weights: Annotated[Path, typer.Argument(help=WEIGHTS_HELP, show_default=False)],
-    counts: Annotated[Path, typer.Argument(help=COUNTS_HELP, show_default=False)],
+    weights: WeightsFile,
+    counts: CountsFile,
     tokenizer: Tokenizer = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON, for programs.")] = False,
 ) -> None:
@@ -56,7 +52,7 @@ def inspect(
     ):
         console.print(_types(title, types, found.targets))
     for warning in warnings:
-        console.print(Text.assemble(("warning: ", "bold yellow"), warning))
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
 
 
 def _other_counts(saved: SavedWeights, counts: TokenCounts) -> Sequence[str]:
@@ -70,6 +66,7 @@ def _numbers(found: Description, saved: SavedWeights, counts: TokenCounts) -> Ta
     table = Table(title="Weights and corpus", title_justify="left", show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
+    unseen_heaviest = "-" if found.unseen_heaviest is None else f"up to {found.unseen_heaviest:.4g}"
     rows = {
         "recipe": "unknown" if saved.weighting is None else repr(saved.weighting),
         "counted": counts.counted or "unknown",
@@ -79,9 +76,7 @@ def _numbers(found: Description, saved: SavedWeights, counts: TokenCounts) -> Ta
         "effective sample size": f"{found.effective_sample:.1%} of the targets",
         "mean weight of a target": f"{found.mean_weight:.4g}",
         "weights of types seen": f"{found.lightest:.4g} to {found.heaviest:.4g}",
-        "weights of types never counted": "-"
-        if found.unseen_heaviest is None
-        else f"up to {found.unseen_heaviest:.4g}",
+        "weights of types never counted": unseen_heaviest,
         f"weight in the {MOST_FREQUENT_TYPES} most frequent types": (
             f"{found.frequent_share:.1%} (plain cross entropy: {found.frequent_share_unweighted:.1%})"
         ),
@@ -100,7 +95,7 @@ def _types(title: str, types: Sequence[WeightedType], targets: float) -> Table:
     for name in ("count", "weight", "share of weight", "plain cross entropy"):
         table.add_column(name, justify="right")
     for entry in types:
-        # As a Python literal, in which spaces and line ends show; as Text, in which [brackets] are no markup.
+        # A Python literal shows spaces and line ends; a Text is not searched for markup such as [red].
         token = [Text("" if entry.text is None else repr(entry.text))] if with_text else []
         share, plain = (f"{100 * part:.3g} %" for part in (entry.share, entry.count / targets))
         table.add_row(str(entry.id), *token, f"{entry.count:,}", f"{entry.weight:.4g}", share, plain)

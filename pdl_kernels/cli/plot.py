@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
-from pdl_kernels.cli.arguments import Overwrite, check_output
-from pdl_kernels.cli.inspect import WEIGHTS_HELP
-from pdl_kernels.cli.weights import COUNTS_HELP
+from pdl_kernels.cli.arguments import CountsFile, Overwrite, WeightsFile, check_output
 from pdl_kernels.weights.counts import TokenCounts
 from pdl_kernels.weights.saved import load_weights
 
 
 def plot(
-    weights: Annotated[Path, typer.Argument(help=WEIGHTS_HELP, show_default=False)],
-    counts: Annotated[Path, typer.Argument(help=COUNTS_HELP, show_default=False)],
+    weights: WeightsFile,
+    counts: CountsFile,
     output: Annotated[Path, typer.Option(help="Where the picture goes, a .png file.", show_default=False)],
     overwrite: Overwrite = False,
 ) -> None:
@@ -32,7 +30,7 @@ def plot(
     check_output(output, overwrite, ".png")
     saved = load_weights(weights)
     token_counts = TokenCounts.load(counts)
-    from pdl_kernels.weights import plots
+    from pdl_kernels.weights import plots  # this command alone needs matplotlib
 
     plots.plot(output, saved.table, token_counts)
     print(f"{output}: {plots.WIDTH} x {plots.HEIGHT} pixels")

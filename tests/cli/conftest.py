@@ -1,5 +1,7 @@
 """What the tests of the commands share: a folder of their own, a tokenizer, counts and weights."""
 
+import os
+
 import pytest
 
 
@@ -7,6 +9,17 @@ import pytest
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _a_wide_terminal(monkeypatch):
+    """So that rich breaks no line, whatever ran before.
+
+    `map(num_proc=...)` of datasets puts a copy in the place of `os.environ`, and rich keeps the first one that it saw,
+    in which a COLUMNS that is set later does not show.
+    """
+    console = pytest.importorskip("rich.console")
+    monkeypatch.setattr(console.Console, "_environ", os.environ)
 
 
 @pytest.fixture
