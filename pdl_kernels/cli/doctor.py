@@ -16,7 +16,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from pdl_kernels.doctor import environment
-from pdl_kernels.doctor.check import Check, is_right
+from pdl_kernels.doctor.check import SECONDS, Check, is_right
 from pdl_kernels.weights.files import replace_file
 
 LEGEND = (
@@ -25,29 +25,37 @@ LEGEND = (
     "be moved would take, over that; x torch: times as fast as F.cross_entropy(weight=)."
 )
 
+CheckOption = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Run every kernel that can be chosen on this machine's devices against float64, and time it. A minute "
+        "with sixteen cores to compile on, or on a CPU. Exits with 1 where something is wrong.",
+    ),
+]
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write what was found as JSON, for bug reports; - prints it."),
+]
+DeviceName = Annotated[
+    str | None,
+    typer.Option(help="Check this one: cpu, cuda, cuda:1. By default every GPU, or the CPU where there is none."),
+]
+Vocabularies = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--vocabulary", help="Check this size of the vocabulary; may be repeated. By default six from 1000 to 262144."
+    ),
+]
+Seconds = Annotated[float, typer.Option(help="With --check: begin nothing after so many seconds.")]
+
 
 def doctor(
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Run every kernel that can be chosen on this machine's devices against float64, and time it. A minute "
-            "with sixteen cores to compile on, or on a CPU. Exits with 1 where something is wrong.",
-        ),
-    ] = False,
-    json_file: Annotated[
-        str | None,
-        typer.Option("--json", metavar="FILE", help="Write what was found as JSON, for bug reports; - prints it."),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Check this one: cpu, cuda, cuda:1. By default every GPU, or the CPU where there is none."),
-    ] = None,
-    vocabulary: Annotated[
-        list[int] | None,
-        typer.Option(help="Check this size of the vocabulary; may be repeated. By default six from 1000 to 262144."),
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="With --check: begin nothing after so many seconds.")] = 300.0,
+    check: CheckOption = False,
+    json_file: JsonFile = None,
+    device: DeviceName = None,
+    vocabularies: Vocabularies = None,
+    seconds: Seconds = SECONDS,
 ) -> None:
     """Show versions, devices, and which backend would run on each, and why; with --check, whether it is right.
 
@@ -55,15 +63,16 @@ def doctor(
     runs nothing.
     """
     if not check:
-        if device is not None or vocabulary:
+        if device is not None or vocabularies:
             raise ValueError("--device and --vocabulary are for --check, which alone runs something")
         _show_installation(json_file)
         return
     if json_file not in (None, "-") and not Path(json_file).resolve().parent.is_dir():
         raise ValueError(f"--json is {json_file}, and there is no folder {Path(json_file).parent}; make it first")
-    if any(not 2 <= size < 2**31 for size in vocabulary or ()):
-        raise ValueError(f"--vocabulary is {min(vocabulary or ())}; accepted are sizes from 2 to 2**31 - 1")
-    right = [_check_device(name, json_file, vocabulary or [], seconds) for name in _devices_to_check(device)]
+    for size in vocabularies or ():
+        if not 2 <= size < 2**31:
+            raise ValueError(f"--vocabulary is {size}; accepted are sizes from 2 to 2**31 - 1")
+    right = [_check_device(each, json_file, vocabularies or [], seconds) for each in _devices_to_check(device)]
     if not all(right):
         raise typer.Exit(1)
 
@@ -89,12 +98,12 @@ def _show_installation(json_file: str | None) -> None:
 
 
 def _backends(device: environment.Device) -> Table:
-    facts = [device.device, device.name]
+    facts = [device.name]
     if device.capability is not None:
         facts.append(f"capability {device.capability}")
     if device.memory is not None:
         facts.append(f"{device.memory / 2**30:.1f} GiB")
-    table = Table(title=Text(f"Device {facts[0]}: {', '.join(facts[1:])}"), title_justify="left")
+    table = Table(title=Text(f"Device {device.device}: {', '.join(facts)}"), title_justify="left")
     for name in ("logits", "backend", "why"):
         table.add_column(name)
     for dtype, (backend, why) in device.backends.items():
@@ -106,8 +115,8 @@ def _write(json_file: str, document: dict[str, Any]) -> None:
     content = json.dumps(document, indent=2)
     if json_file == "-":
         print(content)
-        return
-    replace_file(json_file, content.encode() + b"\n")
+    else:
+        replace_file(json_file, content.encode() + b"\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,9 +136,9 @@ def _devices_to_check(name: str | None) -> list[torch.device]:
 
 
 def _check_device(device: torch.device, json_file: str | None, vocabularies: list[int], seconds: float) -> bool:
-    """Whether everything on it is right."""
+    """Check one device, show what was found, and return whether everything on it is right."""
     path = json_file
-    if json_file not in (None, "-") and device.index:  # more GPUs: a file for each
+    if json_file not in (None, "-") and device.index:  # every further GPU has a file of its own
         path = str(Path(json_file).with_suffix(f".{device.index}.json"))
 
     def save(document: dict[str, Any]) -> None:
@@ -157,56 +166,65 @@ def _check_device(device: torch.device, json_file: str | None, vocabularies: lis
 
 def _show_check(document: dict[str, Any], console: Console) -> None:
     found = document["cases"]
-    speed = {(record["vocab_size"], record["dtype"]): record for record in document["speed"]}
     copy = document["copy_bytes_per_second"]
-    title = f"Device {document['device']}, {document['backend']} backend"
-    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("V", "logits", "right", "error", "torch's", "worst", "ms", "of copy", "x torch"):
-        table.add_column(name, justify="left" if name == "logits" else "right", no_wrap=True)
-    for key in dict.fromkeys((case["vocab_size"], case["dtype"]) for case in found):
-        table.add_row(*_row(key, [case for case in found if (case["vocab_size"], case["dtype"]) == key], speed, copy))
-    console.print(table)
+    console.print(_summary(document))
     console.print(LEGEND, soft_wrap=True)
     if copy:
         console.print(f"A copy of memory: {copy / 1e9:.0f} GB/s, read and written.")
     if document["kernels"]:
         console.print(f"Kernels launched: {', '.join(document['kernels'])}", soft_wrap=True)
+
+    def show(kind: str, message: str, style: str) -> None:
+        console.print(Text(f"{kind}: {message}", style=style), soft_wrap=True)
+
     for message in sorted({message for case in found for message in case.get("warnings", ())}):
-        console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+        show("warning", message, "yellow")
     for case in found:
         if case["status"] != "right":
             where = f"{case['rows']} x {case['vocab_size']} {case['dtype']}, {case['recipe']}"
-            console.print(Text(f"{case['status']}: {where}: {case['problem']}", style="bold red"), soft_wrap=True)
+            show(case["status"], f"{where}: {case['problem']}", "bold red")
     for note in document["notes"]:
-        console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
+        show("note", note, "yellow")
     for problem in document["problems"]:
-        console.print(Text(f"problem: {problem}", style="bold red"), soft_wrap=True)
+        show("problem", problem, "bold red")
     right = sum(case["status"] == "right" for case in found)
     console.print(f"{right} of {len(found)} cases right, {document['seconds']:.0f} s")
 
 
-def _row(
-    key: tuple[int, str], cases: list[dict[str, Any]], speed: dict[tuple[int, str], dict[str, Any]], copy: float | None
-) -> list[str | Text]:
+def _summary(document: dict[str, Any]) -> Table:
+    """One row for every vocabulary and dtype."""
+    found = document["cases"]
+    speed = {(record["vocab_size"], record["dtype"]): record for record in document["speed"]}
+    title = f"Device {document['device']}, {document['backend']} backend"
+    table = Table(title=Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("V", "logits", "right", "error", "torch's", "worst", "ms", "of copy", "x torch"):
+        table.add_column(name, justify="left" if name == "logits" else "right", no_wrap=True)
+    for key in dict.fromkeys((case["vocab_size"], case["dtype"]) for case in found):
+        cases = [case for case in found if (case["vocab_size"], case["dtype"]) == key]
+        times = _times(speed.get(key), document["copy_bytes_per_second"])
+        table.add_row(str(key[0]), key[1], *_errors(cases), *times)
+    return table
+
+
+def _errors(cases: list[dict[str, Any]]) -> list[str | Text]:
     right = sum(case["status"] == "right" for case in cases)
     plain = next((case for case in cases if case["recipe"] == "plain"), {})
     worst = max((case["share_of_allowed"] for case in cases if "share_of_allowed" in case), default=None)
-
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else form.format(value)
-
-    timed = speed.get(key)
-    times = ["", "", ""]
-    if timed is not None:
-        share = timed["floor_bytes"] / timed["seconds"] / copy if copy else None
-        faster = timed["torch_seconds"] / timed["seconds"]
-        times = [f"{timed['seconds'] * 1e3:.3g}", shown(share, "{:.0%}"), f"{faster:.2f}"]
     return [
-        str(key[0]),
-        key[1],
         Text(f"{right}/{len(cases)}", style="" if right == len(cases) else "bold red"),
-        shown(plain.get("gradient_error"), "{:.1e}"),
-        shown(plain.get("torch_gradient_error"), "{:.1e}"),
-        shown(worst, "{:.2f}"),
-        *times,
+        _shown(plain.get("gradient_error"), "{:.1e}"),
+        _shown(plain.get("torch_gradient_error"), "{:.1e}"),
+        _shown(worst, "{:.2f}"),
     ]
+
+
+def _times(record: dict[str, Any] | None, copy_bytes_per_second: float | None) -> list[str]:
+    if record is None:
+        return ["", "", ""]
+    share = record["floor_bytes"] / record["seconds"] / copy_bytes_per_second if copy_bytes_per_second else None
+    faster = record["torch_seconds"] / record["seconds"]
+    return [f"{record['seconds'] * 1e3:.3g}", _shown(share, "{:.0%}"), f"{faster:.2f}"]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,1 +1,1 @@
-"""What `pdl-kernels doctor` finds out: the installation, and whether the loss is right and fast on this machine."""
+"""What `pdl-kernels doctor` finds out: what is installed, and whether the loss is right and fast on this machine."""

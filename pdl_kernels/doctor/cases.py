@@ -1,4 +1,4 @@
-"""What `pdl-kernels doctor --check` runs: so many cases that every kernel the planner can choose is launched."""
+"""The cases of `pdl-kernels doctor --check`, chosen so that every kernel the planner can choose is launched."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 VOCABULARIES = (1000, 32000, 50257, 128256, 151936, 262144)  # a short one; Llama-2, GPT-2, Llama-3, Qwen-2.5, Gemma
-SMALL_VOCABULARIES = (130,)  # for Triton's interpreter, which takes a tenth of a second a row
+SMALL_VOCABULARIES = (130,)  # for Triton's interpreter, which needs a tenth of a second for a row
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HIDDEN_SIZE = 64
-FEW_ROWS = 3  # so few are sliced on every device
-CPU_ROWS, INTERPRETER_ROWS = 8, 17  # the interpreter's stand-in for a device slices fewer than 16
+FEW_ROWS = 3  # on every device several programs then share a row
+CPU_ROWS = 8
+INTERPRETER_ROWS = 17  # from 16 on, one program takes a whole row there
 
 EVERY_OPTION: dict[str, Any] = {
     "reduction": "token_mean",
@@ -31,9 +32,9 @@ class Recipe(NamedTuple):
     upstream: float | None = 1.0  # None: forward alone, under no_grad
     few_rows: bool = False
     inplace: bool = False
-    expected: bool = False  # the upstream gradient is named to the loss
-    read_twice: bool = False  # by the kernel that takes the place of the single-pass kernel where that is not compiled
-    layout: str = "rows"  # "rows"; "offset": the storage does not start on 16 bytes; "columns": they have a stride
+    expected: bool = False  # passed to the loss as expected_upstream
+    read_twice: bool = False  # rows are read twice, as where the single-pass kernel does not compile
+    layout: str = "rows"  # or "offset": the storage does not start on 16 bytes; or "columns": columns have a stride
     token_weights: bool = False
     linear: bool = False
 
@@ -57,10 +58,10 @@ RECIPES = {
     "offset by one element": Recipe(layout="offset"),
     "columns with a stride": Recipe(layout="columns"),
 }
-LAYOUTS = ("offset by one element", "columns with a stride")  # of short rows alone: they are the same code for all
-# The linear loss launches the same kernels, and its products take time.
+LAYOUTS = ("offset by one element", "columns with a stride")  # tried on short rows alone: long ones use the same code
+# Few, because the linear loss launches the same kernels and its products take time.
 LINEAR_VOCABULARIES = {"cuda": (1000, 32000, 128256), "cpu": (1000, 32000)}
-LINEAR_CPU_ROWS = 32  # products of fewer rows sum V terms in one go, in torch's composition and here
+LINEAR_CPU_ROWS = 32  # with fewer rows, products sum V terms in one go, in torch's composition and here
 
 
 class Case(NamedTuple):
@@ -73,12 +74,12 @@ class Case(NamedTuple):
 
     @property
     def group(self) -> tuple[int, str]:
-        """What is reported together."""
+        """Cases of one group are reported together."""
         return self.vocab_size, self.dtype
 
     @property
     def kernels(self) -> tuple[int, str, str]:
-        """Equal for cases that share kernels, of which each takes seconds to compile."""
+        """Equal for cases that launch the same compiled kernels, each of which takes seconds to compile."""
         return *self.group, repr(RECIPES[self.recipe].options)
 
     def __str__(self) -> str:
@@ -86,11 +87,11 @@ class Case(NamedTuple):
 
 
 def check_cases(device: torch.device, vocabularies: Sequence[int] = (), *, interpreted: bool = False) -> list[Case]:
-    """The cases of a device, those that are reported together side by side.
+    """The cases of a device; those of one group stand side by side.
 
     Args:
         vocabularies: by default VOCABULARIES.
-        interpreted: the Triton backend on a CPU, in Triton's interpreter.
+        interpreted: the Triton backend runs on the CPU, in Triton's interpreter.
     """
     if device.type == "cuda":
         return cases_for(torch.cuda.get_device_properties(device).multi_processor_count, vocabularies)

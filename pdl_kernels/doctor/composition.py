@@ -1,4 +1,4 @@
-"""The loss as torch composes it: in float64 the yardstick of correctness, in the logits' own dtype torch's error."""
+"""The loss composed of torch's own functions: in float64 what is right, in the logits' dtype how far torch is off."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIECE_ELEMENTS = 1 << 24  # float64 logits at a time
+PORTION_ELEMENTS = 1 << 24  # float64 logits at a time
 
 
 class Problem(NamedTuple):
@@ -33,15 +33,15 @@ class Problem(NamedTuple):
     def vocab_size(self) -> int:
         return len(self.weights)
 
-    def logits(self, piece: slice, dtype: torch.dtype) -> Tensor:
+    def logits(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """(R, V)"""
         if not self.linear:
-            return self.sources[0][piece].detach().to(dtype)
+            return self.sources[0][rows].detach().to(dtype)
         hidden, head = self.sources
-        return F.linear(hidden[piece].detach().to(dtype), head.detach().to(dtype))
+        return F.linear(hidden[rows].detach().to(dtype), head.detach().to(dtype))
 
 
-class Piece(NamedTuple):
+class Portion(NamedTuple):
     """Some rows, or all of them."""
 
     rows: slice
@@ -51,47 +51,55 @@ class Piece(NamedTuple):
     hits: Tensor  # (R,) whether the target reaches the row's maximum
 
 
-def pieces(
+def portions(
     problem: Problem, upstream: float | Tensor, dtype: torch.dtype, *, arithmetic: torch.dtype | None = None
-) -> Iterator[Piece]:
+) -> Iterator[Portion]:
     """Loss and gradient of logits in `dtype`, a few rows at a time.
 
-    `upstream` is a number, or (N,) for "none". `arithmetic` is the dtype of everything after the logits, theirs by
-    default.
+    Args:
+        upstream: a number, or (N,) for the reduction "none".
+        arithmetic: the dtype of everything after the logits; that of the logits by default.
     """
     denominators = _denominators(problem, torch.float64 if dtype == torch.float64 else torch.float32)
-    rows = max(1, PIECE_ELEMENTS // problem.vocab_size)
-    for start in range(0, len(problem.targets), rows):
-        piece = slice(start, start + rows)
+    count = max(1, PORTION_ELEMENTS // problem.vocab_size)
+    for start in range(0, len(problem.targets), count):
+        rows = slice(start, start + count)
         with torch.enable_grad():
-            x = problem.logits(piece, dtype).requires_grad_()  # (R, V)
-            loss, z = _loss(x.to(arithmetic or dtype), problem, piece, denominators)
-            given = upstream[piece].to(loss.dtype) if isinstance(upstream, Tensor) else torch.full_like(loss, upstream)
+            x = problem.logits(rows, dtype).requires_grad_()  # (R, V)
+            loss, z = _loss(x.to(arithmetic or dtype), problem, rows, denominators)
+            given = upstream[rows].to(loss.dtype) if isinstance(upstream, Tensor) else torch.full_like(loss, upstream)
             (gradient,) = torch.autograd.grad(loss, x, given)
-        yield Piece(piece, loss.detach(), gradient, *_statistics(z.detach(), problem.targets[piece]))
+        yield Portion(rows, loss.detach(), gradient, *_statistics(z.detach(), problem.targets[rows]))
 
 
-def exact_pieces(problem: Problem, upstream: float | Tensor) -> Iterator[Piece]:
-    """In float64."""
-    return pieces(problem, upstream, torch.float64)
+def exact_portions(problem: Problem, upstream: float | Tensor) -> Iterator[Portion]:
+    """What is right: all arithmetic in float64."""
+    return portions(problem, upstream, torch.float64)
 
 
-def torchs_pieces(problem: Problem, upstream: float | Tensor) -> Iterator[Piece]:
-    """In the logits' dtype; where that cannot hold every sum, its user's next try: the logits upcast to float32."""
+def torchs_portions(problem: Problem, upstream: float | Tensor) -> Iterator[Portion]:
+    """What a user of torch gets in the logits' dtype.
+
+    Where the dtype overflows, that is what its user would try next: the logits upcast to float32.
+    """
     dtype = problem.sources[0].dtype
-    upcast = pieces(problem, upstream, dtype, arithmetic=torch.float32)
-    for piece, wide in zip(pieces(problem, upstream, dtype), upcast, strict=True):
-        finite = piece.loss.isfinite().all() and piece.gradient.isfinite().all()
-        yield piece if finite else wide
+    upcast = portions(problem, upstream, dtype, arithmetic=torch.float32)
+    for narrow, wide in zip(portions(problem, upstream, dtype), upcast, strict=True):
+        finite = narrow.loss.isfinite().all() and narrow.gradient.isfinite().all()
+        yield narrow if finite else wide
 
 
-def source_gradients(problem: Problem, found: Iterator[Piece]) -> tuple[Tensor, ...]:
-    """The gradients of hidden states (N, H) and output layer (V, H), in the dtype of the pieces; `found` is used up."""
+def source_gradients(problem: Problem, found: Iterator[Portion]) -> tuple[Tensor, ...]:
+    """The gradients of hidden states (N, H) and output layer (V, H), in the dtype of the portions.
+
+    `found` is used up.
+    """
     hidden, head = problem.sources
     of_hidden, of_head = [], None
-    for piece in found:
-        of_hidden.append(piece.gradient @ head.to(piece.gradient.dtype))
-        share = piece.gradient.T @ hidden[piece.rows].to(piece.gradient.dtype)
+    for portion in found:
+        gradient = portion.gradient  # (R, V)
+        of_hidden.append(gradient @ head.to(gradient.dtype))
+        share = gradient.T @ hidden[portion.rows].to(gradient.dtype)
         of_head = share if of_head is None else of_head + share
     assert of_head is not None
     return torch.cat(of_hidden), of_head
@@ -116,31 +124,31 @@ def _denominators(problem: Problem, dtype: torch.dtype) -> tuple[Tensor | float,
 
 
 def _loss(
-    x: Tensor, problem: Problem, piece: slice, denominators: tuple[Tensor | float, Tensor | float]
+    x: Tensor, problem: Problem, rows: slice, denominators: tuple[Tensor | float, Tensor | float]
 ) -> tuple[Tensor, Tensor]:
     """The loss of (R, V) logits in their own dtype, and the logits after scale and softcap."""
-    options, targets = problem.options, problem.targets[piece]
+    options, targets = problem.options, problem.targets[rows]
     z = x * options.get("logit_scale", 1.0)
     if options.get("softcap") is not None:
         z = options["softcap"] * torch.tanh(z / options["softcap"])
-    rows = F.cross_entropy(
+    losses = F.cross_entropy(
         z,
         targets,
         weight=problem.weights.to(z.dtype),
         reduction="none",
         label_smoothing=options.get("label_smoothing", 0.0),
     )  # (R,)
-    counted = counted_of(problem)[piece]
-    u = torch.ones_like(rows) if problem.token_weights is None else problem.token_weights[piece].to(rows.dtype)
-    rows = torch.where(counted, rows * u, 0)
-    z_rows = torch.where(counted, options.get("z_loss", 0.0) * u.abs() * z.logsumexp(-1) ** 2, 0)
+    counted = counted_of(problem)[rows]
+    u = torch.ones_like(losses) if problem.token_weights is None else problem.token_weights[rows].to(losses.dtype)
+    losses = torch.where(counted, losses * u, 0)
+    z_losses = torch.where(counted, options.get("z_loss", 0.0) * u.abs() * z.logsumexp(-1) ** 2, 0)
     if problem.per_row:
-        return rows + z_rows, z
-    return rows.sum() / denominators[0] + z_rows.sum() / denominators[1], z
+        return losses + z_losses, z
+    return losses.sum() / denominators[0] + z_losses.sum() / denominators[1], z
 
 
 def _statistics(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Piece.nll and Piece.hits; token weights of 0 are for the caller to leave out."""
+    """Portion.nll and Portion.hits. They do not know of token weights of 0, which the caller leaves out."""
     of_target = z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     counted = targets != -100
     return torch.where(counted, z.logsumexp(-1) - of_target, 0), counted & (of_target >= z.amax(-1))

@@ -15,8 +15,8 @@ from pdl_kernels import backends
 PACKAGES = ("pdl-kernels", "torch", "triton", "numpy", "safetensors", "transformers", "datasets")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NOT_INSTALLED = "not installed"
-# The variable, and what its values do; None: not set, and any other value that has no entry under OTHER.
 OTHER = "any other value"
+# Each variable, and what its values do. None stands for "not set", and for other values where there is no OTHER.
 SETTINGS: dict[str, dict[str | None, str]] = {
     "PDL_KERNELS_VALIDATE": {
         "1": "targets that are no class raise IndexError on every device, at the cost of waiting for it",
@@ -41,7 +41,7 @@ class Device(NamedTuple):
 
     device: str
     name: str
-    capability: str | None  # of CUDA: 9.0; of ROCm the architecture
+    capability: str | None  # of CUDA such as 9.0, of ROCm the architecture
     memory: int | None  # bytes
     backends: dict[str, tuple[str, str]]  # dtype -> "triton" or "eager", and why
 
@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
 
 
 def torch_build() -> str:
-    """What torch was built for, and whether that is of use here."""
+    """What torch was built for, and whether it finds such a device here."""
     if torch.version.hip is not None:
         build = f"ROCm {torch.version.hip}"
     elif torch.version.cuda is not None:
@@ -108,7 +108,7 @@ def _meaning(meanings: dict[str | None, str], value: str | None) -> str:
 
 
 def report() -> dict[str, Any]:
-    """All of it, as JSON can hold it."""
+    """Versions, devices and settings, as JSON can hold them."""
     return {
         "versions": versions(),
         "devices": [

@@ -16,14 +16,14 @@ from pdl_kernels.doctor.cases import DTYPES
 
 LOGITS_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # many times any cache, where the memory allows it
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
-SHARE_OF_MEMORY = 1 / 12  # of what is free: torch's composition takes several tensors of this size, of float32 too
+SHARE_OF_MEMORY = 1 / 12  # of the free memory: torch's composition needs several such tensors, also in float32
 ROUNDS = {"cuda": 15, "cpu": 3}
 FLUSH_BYTES = 256 << 20  # written before every sample on a GPU, so that nothing is found in the second-level cache
-HEAD_START_CYCLES = 1_000_000  # the host enqueues the whole sample while the GPU still waits
+HEAD_START_CYCLES = 1_000_000  # the GPU waits so long, until the host has enqueued the whole sample
 
 
 def measure_copy(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy on `device`."""
+    """How fast a copy on `device` is, in bytes per second, those read and those written."""
     kind = _kind(device)
     source = torch.randn(min(COPY_BYTES[kind], _affordable(device)) // 4, device=device)
     target = torch.empty_like(source)
@@ -32,14 +32,14 @@ def measure_copy(device: torch.device) -> float:
 
 
 def speeds(device: torch.device, backend: str, shapes: list[tuple[int, str]]) -> Iterator[dict[str, Any]]:
-    """One record for every (vocabulary, dtype): forward + backward, medians of interleaved samples, seconds."""
+    """One record for every (vocabulary, dtype): the median time of forward + backward, ours and torch's, in seconds."""
     for vocab_size, dtype in shapes:
         itemsize = DTYPES[dtype].itemsize
         rows = max(1, min(LOGITS_BYTES[_kind(device)], _affordable(device)) // (vocab_size * itemsize))
         logits = torch.empty(rows, vocab_size, dtype=DTYPES[dtype], device=device).normal_().requires_grad_()
         targets = torch.randint(vocab_size, (rows,), device=device)
         weights = torch.rand(vocab_size, device=device)
-        own_weights = weights.to(logits.dtype)  # torch wants them in the logits' dtype
+        own_weights = weights.to(logits.dtype)  # F.cross_entropy takes weights of the logits' dtype only
 
         def ours(logits: Tensor = logits, targets: Tensor = targets, weights: Tensor = weights) -> Any:
             return torch.autograd.grad(pdl_cross_entropy(logits, targets, weights, backend=backend), logits)
@@ -63,14 +63,14 @@ def _kind(device: torch.device) -> str:
 
 
 def _affordable(device: torch.device) -> int:
-    """Bytes."""
+    """The bytes that one tensor may take."""
     if device.type != "cuda":
         return LOGITS_BYTES["cpu"]
     return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_MEMORY)
 
 
 def _interleaved(calls: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """The median time of each, in seconds, sampled A B A B ..."""
+    """The median time of each call, in seconds. The calls take turns, so that a slow moment does not hit one alone."""
     sample = _gpu_sampler(device) if device.type == "cuda" else _cpu_sample
     samples: list[list[float]] = [[] for _ in calls]
     for call in calls:

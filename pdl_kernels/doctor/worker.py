@@ -1,9 +1,11 @@
-"""A process of `pdl-kernels doctor --check`: whatever crashes here, the others go on.
+"""A process of `pdl-kernels doctor --check`. If a case crashes it, the check goes on with another process.
 
-    python -m pdl_kernels.doctor.worker        its orders come as JSON on standard input, results go out a line each
+    python -m pdl_kernels.doctor.worker
 
-An order is {"device": "cuda:0", "backend": "triton", "cases": [[recipe, rows, vocab_size, dtype], ...]}, or with
-"shapes": [[vocab_size, dtype], ...] in the place of "cases" for times.
+It reads one order from standard input, as JSON, and writes its answers to standard output, one JSON object a line:
+
+    {"device": "cuda:0", "backend": "triton", "cases": [[recipe, rows, vocab_size, dtype], ...]}    are they right?
+    {"device": "cuda:0", "backend": "triton", "shapes": [[vocab_size, dtype], ...]}                 how fast are they?
 """
 
 from __future__ import annotations
@@ -20,17 +22,18 @@ import torch
 from pdl_kernels.doctor.cases import Case
 from pdl_kernels.doctor.correctness import check_case
 from pdl_kernels.doctor.speed import measure_copy, speeds
+from pdl_kernels.errors import first_line
 
 
 def main() -> None:
-    # Results have a channel of their own: whatever else prints to standard output goes to standard error.
+    # Only answers may reach standard output, so whatever else is printed there goes to standard error.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
     def tell(**what: Any) -> None:
         print(json.dumps(what), file=results)
 
-    order = json.loads(sys.stdin.read())
+    order = json.load(sys.stdin)
     device = torch.device(order["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -47,11 +50,11 @@ def main() -> None:
         found, fatal = examine(Case(*fields), device, order["backend"])
         tell(end=number, record=found)
         if fatal:
-            return  # after an error of the device every later call of this process fails too
+            return
 
 
 def examine(case: Case, device: torch.device, backend: str) -> tuple[dict[str, Any], bool]:
-    """The verdict, and whether the device is of no more use to this process."""
+    """The verdict on a case, and whether its error has left the device unusable for this process."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -59,8 +62,7 @@ def examine(case: Case, device: torch.device, backend: str) -> tuple[dict[str, A
             fatal = False
         except Exception as error:  # whatever a kernel, a compiler or a driver raises is a finding
             traceback.print_exc()
-            lines = str(error).strip().splitlines() or [""]
-            found = {"status": "failed", "problem": f"{type(error).__name__}: {lines[0]}"[:500]}
+            found = {"status": "failed", "problem": f"{type(error).__name__}: {first_line(error)}"[:500]}
             fatal = is_fatal(error)
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 torch.cuda.empty_cache()
@@ -73,7 +75,7 @@ def examine(case: Case, device: torch.device, backend: str) -> tuple[dict[str, A
 
 
 def is_fatal(error: Exception) -> bool:
-    """Whether the process can launch nothing more: CUDA keeps reporting such an error."""
+    """Whether the process can launch nothing more: the driver reports such an error again for every later call."""
     return any(said in str(error) for said in ("CUDA error", "HIP error", "Triton Error [CUDA]", "Triton Error [HIP]"))
 
 
