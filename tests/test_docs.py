@@ -17,7 +17,6 @@ WITH_EXAMPLES = [
     if "    >>> " in path.read_text()
 ]
 FOLDERS = ("benchmarks", "docs", "examples", "pdl_kernels", "reference", "scripts", "tests")  # of the repository
-# Where the repository has a folder of that name, and the page may be absent: an installed package has no docs.
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md"))
