@@ -14,7 +14,7 @@ FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-# Errors of the package and of this command line about what the user gave; the message says all there is to say.
+# What the package and the commands raise about what the user gave: the message is enough, and no traceback is shown.
 USER_ERRORS = (ValueError, TypeError, IndexError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 EXTRA = ("accelerate", "datasets", "gguf", "huggingface_hub", "matplotlib", "pyarrow", "tokenizers", "transformers")
@@ -26,12 +26,12 @@ EXIT_CODES = (
 
 
 class Commands(TyperGroup):
-    """Turns exceptions into one line and an exit code."""
+    """The commands, which end with one line and an exit code where they raise an exception."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # `| head`: typer ends quietly
+        except BrokenPipeError:  # the reader has gone, as in `| head`; typer then ends without a word
             raise
         except (*USER_ERRORS, OSError, MemoryError, ModuleNotFoundError, KeyboardInterrupt) as error:
             if ctx.params.get("traceback"):

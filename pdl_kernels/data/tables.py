@@ -20,6 +20,7 @@ import numpy as np
 
 from pdl_kernels.data import batches
 from pdl_kernels.data.lines import missing_column, numbered_lines
+from pdl_kernels.errors import first_line
 
 BATCH_IDS = 2**22  # label ids read at a time: 32 MiB as int64
 LARGEST_BATCH = 2**16  # rows
@@ -258,7 +259,7 @@ class HubDataset(TableFiles):
             )
         except Exception as error:  # the libraries raise errors of many kinds
             raise ValueError(
-                f"there is no file {name}, and the Hugging Face hub did not give a data set ({_first_line(error)}); "
+                f"there is no file {name}, and the Hugging Face hub did not give a data set ({first_line(error)}); "
                 "accepted on the hub are OWNER/NAME:SPLIT and OWNER/NAME:CONFIG:SPLIT"
             ) from None
         self.source = f"data set {name} on the Hugging Face hub, commit {commit}"
@@ -301,7 +302,7 @@ def _damage_named(reader: TableFiles, file: Any) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, and not what is on it
             raise
-        raise ValueError(f"{file} {reader.problem} ({_first_line(error)})") from None
+        raise ValueError(f"{file} {reader.problem} ({first_line(error)})") from None
 
 
 def _first_schema(dataset: Any) -> Any:
@@ -312,7 +313,3 @@ def _is_list(kind: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""For Hugging Face transformers."""
+"""Hugging Face transformers: generating text with a calibrated model."""
 
 import math
 from typing import Any
@@ -10,17 +10,17 @@ from pdl_kernels.weights.calibration import calibration_bias
 
 
 class CalibrationLogitsProcessor(LogitsProcessor):
-    """logits - strength * log w, for `generate` of a model that was trained with the weights w.
+    """logits - strength * log w, for `generate` with a model that was trained with the weights w.
 
-    strength=1 undoes the shift (see `calibration_bias`), 0 leaves the model as it was trained, and what lies between
-    trades natural text for rare tokens without training again.
+    strength=1 undoes what the weights did to the model (see `calibration_bias`), and 0 leaves the model as it was
+    trained. Values in between give more rare tokens at the cost of less natural text, without training again.
 
     Args:
         table: (V,) weights > 0, as wide as the logits.
         strength: any finite number.
 
-    Use: `model.generate(..., logits_processor=[CalibrationLogitsProcessor(table, strength=0.5)])`. It belongs before
-    processors that cut or scale logits, such as temperature and top-p, which is where `generate` puts custom ones.
+    Use: `model.generate(..., logits_processor=[CalibrationLogitsProcessor(table, strength=0.5)])`. `generate` runs it
+    before the processors that cut or scale logits, such as temperature and top-p, and that is where it belongs.
     """
 
     def __init__(self, table: Tensor, strength: float = 1.0) -> None:

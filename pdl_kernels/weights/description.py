@@ -35,7 +35,7 @@ class WeightedType:
 
 @dataclass(frozen=True)
 class Description:
-    """What `describe` finds. Shares are fractions of 1, and a share of the weight is one of sum count * weight.
+    """What `describe` finds. Shares are fractions of 1; a type's share of the weight is count * weight / their sum.
 
     If every token were equally hard, the share of the weight would be the share of the loss. So it is a model of the
     loss before training, not a measurement of it.
