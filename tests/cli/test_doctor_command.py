@@ -98,6 +98,14 @@ def test_the_command_checks_times_and_writes_json(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
 
+def test_what_was_not_run_is_shown(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    output = fail(1, "doctor", "--check", "--device", "cpu", "--vocabulary", "200", "--seconds", "0")
+    assert "not run: 8 x 200 bfloat16, plain: the time was over" in output
+    assert "note: 3 of 3 shapes were not timed: the time was over (--seconds)" in output
+    assert "0 of 51 cases right" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

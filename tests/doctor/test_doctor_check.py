@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from pdl_kernels import backends
 from pdl_kernels.doctor import cases, worker
 from pdl_kernels.doctor import check as checking
 from pdl_kernels.doctor.cases import RECIPES
@@ -74,6 +75,23 @@ def test_a_case_that_crashes_or_breaks_the_device_is_a_finding(monkeypatch, tmp_
     ended = [before for (process, before), (after, _) in itertools.pairwise(runs) if process != after]
     assert ended == ["in place", "per token"]
     assert len({process for process, _ in runs}) == 3
+
+
+@pytest.mark.usefixtures("_only_float32")
+def test_the_worker_that_the_command_starts():
+    check = Check(CPU, [130])
+    check.cases, check.shapes = check.cases[:1], []
+    document = check.run()
+    assert [(case["recipe"], case["status"]) for case in document["cases"]] == [("plain", "right")]
+    assert is_right(document)
+
+
+def test_a_triton_that_cannot_run_is_a_problem(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "triton_problem", lambda device, dtype: "Triton is gone")
+    check = Check(CPU, [130])
+    assert check.backend == "eager"
+    assert check.document["problems"] == ["the Triton backend cannot run: Triton is gone"]
 
 
 @pytest.mark.parametrize(
