@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import environment, peers, results, shapes
 from benchmarks.compare import print_comparison
@@ -26,7 +25,7 @@ from benchmarks.goals import judge, print_goals
 from benchmarks.inputs import DTYPES, Case
 from benchmarks.operations import OPERATIONS
 from benchmarks.plots import write_plots
-from benchmarks.suite import Plan, Progress, run_suite
+from benchmarks.suite import SuitePlan, Watcher, run_suite
 from benchmarks.table import make_console, print_results
 
 RECORDED = Path(__file__).parent / "results"
@@ -119,7 +118,7 @@ def _main(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if _ours_failed(document) else 0
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
+def prepare(arguments: argparse.Namespace) -> tuple[SuitePlan, dict[str, Any]]:
     """The plan that the arguments ask for and its empty document; InputError for what cannot be used."""
     device = _device(arguments.device)
     if arguments.threads < 1:
@@ -143,7 +142,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     first_shapes = {case.linear: (case.rows, case.vocab_size) for case in reversed(cases)}
     few = [case for case in cases if (case.rows, case.vocab_size) == first_shapes[case.linear]]
     memory_cases = few if slow_memory else cases
-    plan = Plan(
+    plan = SuitePlan(
         device=device,
         operations=[OPERATIONS[name] for name in operations],
         cases=cases,
@@ -229,7 +228,7 @@ def _contenders(
     return contenders
 
 
-def _warn(plan: Plan, document: dict[str, Any], asked: bool, console: Console) -> None:
+def _warn(plan: SuitePlan, document: dict[str, Any], asked: bool, console: Console) -> None:
     for what, why in document["left_out"].items() if asked else ():
         console.print(f"left out: {what}: {why}", style="yellow", markup=False, soft_wrap=True)
     if plan.device.type != "cuda":
@@ -244,7 +243,7 @@ def _warn(plan: Plan, document: dict[str, Any], asked: bool, console: Console) -
         )
 
 
-def _run(plan: Plan, document: dict[str, Any], path: Path, console: Console) -> bool:
+def _run(plan: SuitePlan, document: dict[str, Any], path: Path, console: Console) -> bool:
     """Whether it was interrupted."""
     columns = (
         TextColumn("{task.description}"),
@@ -254,14 +253,14 @@ def _run(plan: Plan, document: dict[str, Any], path: Path, console: Console) -> 
         TimeRemainingColumn(),
     )
     # Drawn between samples, not by a thread beside them: on a CPU that thread would take part in the measurement.
-    with Bar(*columns, console=console, transient=True, auto_refresh=False) as bar:
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=plan.steps)
-        progress = Progress(
+        watcher = Watcher(
             advance=lambda steps: bar.update(task, advance=steps, refresh=True),
             describe=lambda text: bar.update(task, description=text, refresh=True),
         )
         try:
-            run_suite(plan, document, lambda: results.save(path, document), progress)
+            run_suite(plan, document, lambda: results.save(path, document), watcher)
         except KeyboardInterrupt:
             results.save(path, document)
             return True

@@ -30,8 +30,9 @@ import torch
 import triton
 from tqdm import tqdm
 
-from benchmarks import inputs, sweep
+from benchmarks import candidates, inputs, sweep
 from benchmarks.gpu_session.paths import cache_of
+from benchmarks.peers.contender import named_error
 from benchmarks.results import write_record
 from benchmarks.roofline.compile import compiled_launches, described_device
 from pdl_kernels import backends
@@ -40,9 +41,8 @@ from pdl_kernels.doctor.cases import RECIPES, Case, cases_for
 from pdl_kernels.kernels import launch
 from pdl_kernels.kernels.planner import RowLaunch
 from pdl_kernels.ops import cross_entropy as operation
-from pdl_kernels.ops import tracing
 from pdl_kernels.ops.cross_entropy import empty_gradient
-from pdl_kernels.options import LossInputs, LossOptions
+from pdl_kernels.options import LossInputs
 
 TARGET = "sm_90"
 DEVICE = described_device(TARGET, cache_known=True)
@@ -70,17 +70,17 @@ def all_work(parts: list[str], vocabularies: list[int] | None = None) -> list[Wo
     found: list[Work] = []
     if "doctor" in parts:
         cases = cases_for(DEVICE.multiprocessors, vocabularies or ())
-        found += [Work(str(case), case.vocab_size, lambda case=case: run_case(case)) for case in cases]
+        found += [Work(str(case), case.vocab_size, lambda case=case: compile_doctor_case(case)) for case in cases]
     if "sweep" in parts:
-        chosen = sweep.planned_work(
-            list(SWEPT), vocabularies or list(sweep.VOCABULARIES), [sweep.ROWS[0]], DEVICE,
+        chosen = candidates.planned_work(
+            list(SWEPT), vocabularies or list(inputs.VOCABULARIES), [candidates.ROWS[0]], DEVICE,
             launch.TRITON_VERSION,
         )  # fmt: skip
         found += [
             Work(
                 f"{case}, {plan.ctas} x {plan.warps} warps",
                 case.vocab_size,
-                lambda c=case, p=plan: run_plan(c, p),
+                lambda c=case, p=plan: compile_plan(c, p),
                 True,
             )
             for case, plan in chosen
@@ -88,7 +88,7 @@ def all_work(parts: list[str], vocabularies: list[int] | None = None) -> list[Wo
     return sorted(found, key=lambda work: -work.vocab_size)
 
 
-def run_case(case: Case) -> None:
+def compile_doctor_case(case: Case) -> None:
     """The calls of `doctor --check`, on tensors without memory where no number has to be known."""
     recipe = RECIPES[case.recipe]
     problem = correctness.make_problem(case, torch.device("cpu" if recipe.linear else "meta"))
@@ -97,16 +97,15 @@ def run_case(case: Case) -> None:
         call()
 
 
-def run_plan(case: inputs.Case, plan: RowLaunch) -> None:
+def compile_plan(case: inputs.Case, plan: RowLaunch) -> None:
     """The launch that the sweep times."""
     logits = torch.empty(1, case.rows, case.vocab_size, dtype=inputs.DTYPES[case.dtype], device="meta")
     given = LossInputs(
         logits, logits.new_empty(case.rows, dtype=torch.int64), logits.new_empty(case.vocab_size, dtype=torch.float32),
         None, None,
     )  # fmt: skip
-    with launch.planned_by(lambda *_, **__: [plan]):
-        scalars, _ = launch.denominators(given, LossOptions())
-        launch.loss_rows(given, LossOptions(), scalars, empty_gradient(logits))
+    with sweep.planned_launch(given, empty_gradient(logits), plan) as run:
+        run()
 
 
 @contextmanager
@@ -116,7 +115,7 @@ def nothing_launched() -> Iterator[Callable[[], int]]:
         compiled_launches(TARGET, cache_known=True),
         mock.patch.object(backends, "triton_problem", return_value=None),  # tensors stand in for the device's
         mock.patch.object(operation, "check_targets"),
-        mock.patch.object(tracing, "is_traced", return_value=False),  # as it is with the device's tensors
+        mock.patch.object(backends, "is_traced", return_value=False),  # as it is with the device's tensors
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # there is none for "meta"
         sweep.counted_compilations() as compilations,
     ):
@@ -133,7 +132,7 @@ def compile_share(work: list[Work]) -> Iterator[dict[str, Any]]:
             try:
                 one.run()
             except Exception as error:  # whatever the compiler raises
-                problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+                problem = named_error(error)
             yield {
                 "name": one.name,
                 "seconds": time.perf_counter() - start,

@@ -27,7 +27,7 @@ TOLERANCES = {
     torch.float16: Tolerance(1e-2, 2e-2, 2e-3),
 }
 SMALL_LOSS = 1.0  # nats. A confident row's loss is the log of 1 + many small terms, each rounded when added to the 1
-PIECE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}  # float64 logits of the reference at a time
+BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}  # float64 logits of the reference at a time
 
 
 class Verdict(NamedTuple):
@@ -36,9 +36,9 @@ class Verdict(NamedTuple):
     problem: str | None  # None: right
 
 
-class ExpectedPiece(NamedTuple):
+class ExpectedRows(NamedTuple):
     rows: slice
-    loss: Tensor  # () this piece's share of the mean
+    loss: Tensor  # () this block's share of the mean
     gradient: Tensor  # (R, V) float64
     factors: Tensor  # (R,) what p - [j == y] is multiplied by: w(y) / D, 0 where ignored
 
@@ -61,12 +61,12 @@ def check(run: Run, operations: list[Operation]) -> dict[str, Verdict]:
 
     expected_loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
     gradient_errors = dict.fromkeys(outcomes, 0.0)
-    for piece in expected(inputs, run.contender.weighted):
-        expected_loss += piece.loss
+    for block in expected_rows(inputs, run.contender.weighted):
+        expected_loss += block.loss
         for operation in operations:
             gradient = outcomes[operation.name].gradient
             if gradient is not None and operation.upstream is not None:
-                error = _gradient_error(gradient[piece.rows], piece, inputs, operation.upstream)
+                error = _gradient_error(gradient[block.rows], block, inputs, operation.upstream)
                 gradient_errors[operation.name] = max(gradient_errors[operation.name], error)
     return {
         name: _verdict(outcome.loss, expected_loss.item(), gradient_errors[name], inputs)
@@ -95,53 +95,53 @@ def expected_linear(inputs: Inputs, weighted: bool) -> tuple[float, tuple[Tensor
     hidden, head = (source.double() for source in inputs.sources)
     to_hidden, to_head = torch.zeros_like(hidden), torch.zeros_like(head)
     loss = 0.0
-    rows = _piece_rows(inputs)
+    rows = _block_rows(inputs)
     for start in range(0, inputs.case.rows, rows):
-        piece = slice(start, start + rows)
-        logits = hidden[piece] @ head.T  # (R, V)
-        found = next(expected(inputs._replace(sources=(logits,)), weighted, piece))
+        block = slice(start, start + rows)
+        logits = hidden[block] @ head.T  # (R, V)
+        found = next(expected_rows(inputs._replace(sources=(logits,)), weighted, block))
         loss += found.loss.item()
-        to_hidden[piece] = found.gradient @ head
-        to_head.addmm_(found.gradient.T, hidden[piece])
+        to_hidden[block] = found.gradient @ head
+        to_head.addmm_(found.gradient.T, hidden[block])
     return loss, (to_hidden, to_head)
 
 
-def _piece_rows(inputs: Inputs) -> int:
-    return max(1, PIECE_ELEMENTS.get(inputs.device.type, PIECE_ELEMENTS["cpu"]) // inputs.case.vocab_size)
+def _block_rows(inputs: Inputs) -> int:
+    return max(1, BLOCK_ELEMENTS.get(inputs.device.type, BLOCK_ELEMENTS["cpu"]) // inputs.case.vocab_size)
 
 
-def expected(inputs: Inputs, weighted: bool, only: slice | None = None) -> Iterator[ExpectedPiece]:
+def expected_rows(inputs: Inputs, weighted: bool, only: slice | None = None) -> Iterator[ExpectedRows]:
     """The reference's loss and gradient for an upstream gradient of 1, a few rows at a time.
 
-    With `only`, the logits are those rows alone, and so is the piece.
+    With `only`, the logits are those rows alone, and so is the block.
     """
     weights = inputs.weights if weighted else torch.ones_like(inputs.weights)
     counted = inputs.targets != IGNORE_INDEX
     denominator = weights.double()[inputs.targets[counted]].sum()
-    size = _piece_rows(inputs)
+    size = _block_rows(inputs)
     factors = torch.where(counted, weights.double()[inputs.targets.clamp(min=0)] / denominator, 0)  # (rows,)
     with inputs.device:  # where the reference makes its tensors
-        for piece in [only] if only else [slice(start, start + size) for start in range(0, inputs.case.rows, size)]:
-            logits = inputs.logits if only else inputs.logits[piece]
+        for block in [only] if only else [slice(start, start + size) for start in range(0, inputs.case.rows, size)]:
+            logits = inputs.logits if only else inputs.logits[block]
             exact = logits.detach().double().requires_grad_()  # (R, V)
-            loss, _ = reference_cross_entropy(exact, inputs.targets[piece], weights, normalizer=denominator)
+            loss, _ = reference_cross_entropy(exact, inputs.targets[block], weights, normalizer=denominator)
             (gradient,) = torch.autograd.grad(loss, exact)
-            yield ExpectedPiece(piece, loss.detach(), gradient, factors[piece])
+            yield ExpectedRows(block, loss.detach(), gradient, factors[block])
 
 
-def _gradient_error(got: Tensor, piece: ExpectedPiece, inputs: Inputs, upstream: float) -> float:
+def _gradient_error(got: Tensor, block: ExpectedRows, inputs: Inputs, upstream: float) -> float:
     """The worst row's error, as a share of what is allowed; inf where the gradient is nan.
 
     The target's column and the others are judged apart: their sizes differ by orders of magnitude.
     """
-    want = piece.gradient * upstream  # (R, V)
+    want = block.gradient * upstream  # (R, V)
     difference = got.double() - want
-    y = inputs.targets[piece.rows].clamp(min=0)[:, None]  # (R, 1)
+    y = inputs.targets[block.rows].clamp(min=0)[:, None]  # (R, 1)
     limits = torch.finfo(got.dtype)
     step = limits.smallest_normal * limits.eps  # float16 rounds the smallest gradients to multiples of it
     tolerance = TOLERANCES[got.dtype]
     allowed = tolerance.gradient * want.gather(1, y).abs() + step  # (R, 1)
-    allowed += tolerance.probability * abs(upstream) * piece.factors[:, None]
+    allowed += tolerance.probability * abs(upstream) * block.factors[:, None]
     target_error = difference.gather(1, y).abs() / allowed
     allowed = tolerance.gradient * want.scatter(1, y, 0).norm(dim=1) + step * want.shape[1] ** 0.5  # (R,)
     other_error = difference.scatter_(1, y, 0).norm(dim=1) / allowed

@@ -38,7 +38,7 @@ def describe(device: torch.device, contenders: list[Contender]) -> dict[str, Any
             "multiprocessors": properties.multi_processor_count,
             "second_level_cache_bytes": properties.L2_cache_size,
             "runtime": torch.version.cuda or torch.version.hip,
-            "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _first_line_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return found
 
@@ -70,10 +70,10 @@ def commit() -> str:
     told = os.environ.get("PDL_KERNELS_COMMIT")
     if told:
         return told
-    found = _first_line("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+    found = _first_line_of("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
     if found is None:
         return "unknown"
-    changed = _first_line("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    changed = _first_line_of("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{found}-dirty" if changed else found
 
 
@@ -84,7 +84,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def _first_line(*command: str) -> str | None:
+def _first_line_of(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -9,6 +9,7 @@ from torch import Tensor
 from pdl_kernels import power_law_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)  # of Llama-2, GPT-2, Llama-3, Qwen-2.5 and Gemma
 IGNORE_INDEX = -100
 IGNORED_SHARE = 0.1  # of every sequence: its prompt, which supervised fine-tuning does not learn
 SEQUENCE_ROWS = 512
@@ -16,7 +17,7 @@ CONFIDENT_EVERY = 4  # one row in so many has a target probability near 1, the o
 CONFIDENT_MARGIN = 6.0  # nats between the target's logit and the log-sum-exp of the others
 LOGIT_DEVIATION = 2.0
 CORPUS_TOKENS = 1e8
-PIECE_ELEMENTS = 1 << 24  # random numbers made at a time: their float32 copy stays small
+BLOCK_ELEMENTS = 1 << 24  # random numbers made at a time: their float32 copy stays small
 
 
 class Case(NamedTuple):
@@ -90,14 +91,14 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 def _logits(case: Case, targets: Tensor, generator: torch.Generator) -> tuple[Tensor]:
     device = targets.device
     logits = torch.empty(case.rows, case.vocab_size, dtype=DTYPES[case.dtype], device=device)
-    piece_rows = max(1, PIECE_ELEMENTS // case.vocab_size)
-    for start in range(0, case.rows, piece_rows):
-        piece = logits[start : start + piece_rows]
-        numbers = torch.randn(piece.shape, generator=generator, device=device) * LOGIT_DEVIATION
-        rows = torch.arange(start, start + piece.shape[0], device=device)
+    block_rows = max(1, BLOCK_ELEMENTS // case.vocab_size)
+    for start in range(0, case.rows, block_rows):
+        block = logits[start : start + block_rows]
+        numbers = torch.randn(block.shape, generator=generator, device=device) * LOGIT_DEVIATION
+        rows = torch.arange(start, start + block.shape[0], device=device)
         confident = rows % CONFIDENT_EVERY == 0
         numbers[confident, targets[rows[confident]]] = _confident_logit(case)
-        piece.copy_(numbers)
+        block.copy_(numbers)
     return (logits,)
 
 

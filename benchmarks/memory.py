@@ -8,12 +8,12 @@ Linux can reset; elsewhere it is not measured.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.fresh_process import printed_json
 from benchmarks.inputs import Case, make_inputs
 from benchmarks.operations import OPERATIONS, Operation, Run, make_run
 from benchmarks.peers import CONTENDERS
@@ -42,12 +42,8 @@ def peaks_on_cpu(contender: str, case: Case, threads: int) -> tuple[dict[str, in
     """Bytes by operation, from a fresh process; and why there are none, or None."""
     if not RESIDENT_PEAK_RESET.exists():
         return {}, "only Linux resets the peak of the resident set"
-    command = [sys.executable, "-m", "benchmarks.memory", contender, *map(str, case), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        return {}, lines[-1] if lines else f"the process ended with {done.returncode}"
-    return json.loads(done.stdout.splitlines()[-1]), None
+    peaks, problem = printed_json("benchmarks.memory", contender, *map(str, case), str(threads), **ALLOCATOR)
+    return peaks or {}, problem
 
 
 def _peaks_of_this_process(contender: str, case: Case) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Plots of a results document, as PNG beside it."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.operations import TITLES
 from benchmarks.results import Key, summary, timed
+from pdl_kernels.weights.files import replace_file
 
 DTYPE_PREFERENCE = ("bfloat16", "float32", "float16")
 
@@ -30,7 +32,9 @@ def write_plots(document: dict[str, Any], path: Path) -> list[Path]:
             continue
         figure.suptitle(f"{document['environment']['device']}, {dtype}, commit {document['environment']['commit']}")
         target = path.with_name(f"{path.stem}-{name}.png")
-        figure.savefig(target, dpi=110, bbox_inches="tight")
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=110, bbox_inches="tight")
+        replace_file(target, content.getvalue())
         plt.close(figure)
         written.append(target)
     return written

@@ -22,7 +22,7 @@ an assumption, 3 to 4.5 microseconds.
 import math
 
 from benchmarks.roofline.hardware import HARDWARE, Hardware
-from benchmarks.roofline.model import programs_held
+from benchmarks.roofline.model import resident_programs
 from pdl_kernels.kernels.planner import Device, RowLaunch
 
 LATENCY = 3e-6  # seconds, of a row in one block
@@ -47,7 +47,7 @@ def seconds_per_row(hardware: Hardware, plan: RowLaunch, vocab_size: int, itemsi
     `plan` holds its rows on chip; `hardware` is one of those that have rates.
     """
     assert hardware.issue_rate is not None, f"{hardware.name} has no rates"
-    resident = programs_held(hardware, plan.registers or MOST_REGISTERS, SHARED_BYTES, plan.warps)
+    resident = resident_programs(hardware, plan.registers or MOST_REGISTERS, SHARED_BYTES, plan.warps)
     if resident == 0:
         return math.inf
     threads = plan.warps * hardware.target.warp_size

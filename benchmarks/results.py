@@ -5,7 +5,6 @@ contender. A record's status is "timed", "wrong" (not timed), "out of memory" or
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +79,7 @@ def free_path(folder: Path, environment: dict[str, Any]) -> Path:
 
 def save(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -125,7 +122,6 @@ def recorded(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """A measurement of its own, which is not the suite's document; atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    """Save a measurement of another program than the suite, and say where."""
+    save(path, record)
     print(f"written: {path}")

@@ -3,10 +3,8 @@
 import psutil
 import torch
 
-from benchmarks.inputs import DTYPES, Case
+from benchmarks.inputs import DTYPES, VOCABULARIES, Case
 
-# Vocabularies of Llama-2, GPT-2, Llama-3, Qwen-2.5 and Gemma.
-VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
 # (rows, hidden size, V, share of ignored rows): half and more of the tokens are prompt in instruction tuning.
 LINEAR_GPU_SHAPES = ((8192, 4096, 128256, 0.0), (8192, 4096, 128256, 0.5), (8192, 4096, 32000, 0.0))
 LINEAR_CPU_SHAPES = ((2048, 512, 32000, 0.0), (2048, 512, 32000, 0.5))

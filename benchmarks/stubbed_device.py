@@ -22,17 +22,16 @@ import torch
 from triton.runtime.driver import driver
 
 from benchmarks import compile_ahead
-from benchmarks.roofline.cases import OPTIONS, Case, run_case
+from benchmarks.roofline.cases import BOTH, OPTIONS, CompiledCall, compile_call
 from benchmarks.roofline.compile import CompilingDriver, compiled_launches
 from benchmarks.roofline.hardware import HARDWARE
 from pdl_kernels import backends, pdl_cross_entropy
-from pdl_kernels.kernels import launch, planner
-from pdl_kernels.kernels import row_kernels as kernels
+from pdl_kernels.kernels import launch, planner, reductions, row_kernels, single_pass
 from pdl_kernels.ops import cross_entropy as operation
 from pdl_kernels.options import LossOptions
 
 
-class Launches:
+class CountingLauncher:
     """Stands for the launcher that Triton generates; counts instead of launching."""
 
     counts: ClassVar[Counter[str]] = Counter()
@@ -45,14 +44,14 @@ class Launches:
         }  # fmt: skip
 
     def __call__(self, *arguments: Any) -> None:
-        Launches.counts[self.name] += 1
-        Launches.seen.append({**self.kernel, "grid": arguments[:2]})
+        CountingLauncher.counts[self.name] += 1
+        CountingLauncher.seen.append({**self.kernel, "grid": arguments[:2]})
 
 
 class StubbedDriver(CompilingDriver):
     """A device that loads and runs nothing."""
 
-    launcher_cls = Launches
+    launcher_cls = CountingLauncher
     utils = SimpleNamespace(
         load_binary=lambda *_: (0, 0, 0, 0, 1024),
         get_device_properties=lambda *_: {"max_shared_mem": 232448},
@@ -65,10 +64,10 @@ class StubbedDriver(CompilingDriver):
 
 def compilations() -> dict[str, int]:
     found = {}
-    for name in dir(kernels):
-        kernel = getattr(kernels, name)
-        if name.endswith("_kernel"):
-            found[name] = sum(len(caches[0]) for caches in kernel.device_caches.values())
+    for module in (row_kernels, single_pass, reductions):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel"):
+                found[name] = sum(len(caches[0]) for caches in kernel.device_caches.values())
     return found
 
 
@@ -95,7 +94,7 @@ def public_calls() -> list[dict[str, Any]]:
     target = compile_ahead.TARGET
     with mock.patch.object(launch, "device_of", return_value=compile_ahead.DEVICE):
         for rows, vocab_size, options in CALLS:
-            Launches.seen.clear()
+            CountingLauncher.seen.clear()
             logits = torch.zeros(rows, vocab_size, dtype=torch.bfloat16, requires_grad=True)
             targets = torch.zeros(rows, dtype=torch.int64)
             pdl_cross_entropy(logits, targets, torch.ones(vocab_size), backend="triton", **options)
@@ -103,16 +102,16 @@ def public_calls() -> list[dict[str, Any]]:
                 rows, vocab_size, 2, compile_ahead.DEVICE, launch.TRITON_VERSION,
                 z_loss="z_loss" in options, stats="return_stats" in options, transform="softcap" in options,
             )  # fmt: skip
-            case = Case("loss + gradient", target, vocab_size=vocab_size, rows=rows, clusters=None)
+            case = CompiledCall(BOTH, target, vocab_size=vocab_size, rows=rows, clusters=None)
             with (
                 compiled_launches(target, cache_known=True) as compiled,
                 mock.patch.dict(OPTIONS, {"plain": LossOptions(**options)}),
             ):
-                run_case(case)
+                compile_call(case)
             driver.set_active(StubbedDriver(HARDWARE[target].target))
             found.append(
                 {
-                    "launched": list(Launches.seen),
+                    "launched": list(CountingLauncher.seen),
                     "planned": plan._asdict(),
                     "roofline": [one.compiled.metadata.hash for one in compiled],
                 }
@@ -157,9 +156,9 @@ def main() -> None:
     result["compilations_before"] = before
     result["compilations_after"] = compilations()
 
-    Launches.counts.clear()
+    CountingLauncher.counts.clear()
     step(1000, 4096)
-    result["launches"] = dict(Launches.counts)
+    result["launches"] = dict(CountingLauncher.counts)
 
     result["public"] = public_calls() if "--calls" in sys.argv else []
 

@@ -13,7 +13,7 @@ from benchmarks.host import measure_host
 from benchmarks.inputs import Case, Inputs, make_inputs
 from benchmarks.operations import Operation, Run
 from benchmarks.peers import OURS
-from benchmarks.peers.contender import Contender, first_line
+from benchmarks.peers.contender import Contender, named_error
 from benchmarks.peers.pdl import backend_of, rows_are_held
 from benchmarks.timing import OUT_OF_MEMORY, Lane, make_stopwatch, time_interleaved
 from benchmarks.traffic import floor_bytes, floor_flops, planned_linear_memory, planned_traffic
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SuitePlan:
     device: torch.device
     operations: list[Operation]
     cases: list[Case]
@@ -49,14 +49,14 @@ class Plan:
 
 
 @dataclass
-class Progress:
+class Watcher:
     """What the suite tells whoever watches."""
 
     advance: Callable[[int], None] = lambda steps: None
     describe: Callable[[str], None] = lambda text: None
 
 
-def run_suite(plan: Plan, document: dict[str, Any], save: Callable[[], None], progress: Progress) -> None:
+def run_suite(plan: SuitePlan, document: dict[str, Any], save: Callable[[], None], progress: Watcher) -> None:
     """Fill `document`, saving after every case. KeyboardInterrupt passes through; what was measured stays."""
     stopwatch = make_stopwatch(plan.device, fresh_pages=plan.fresh_pages)
     progress.describe("bandwidth")
@@ -78,11 +78,11 @@ def run_suite(plan: Plan, document: dict[str, Any], save: Callable[[], None], pr
 
 
 def _measure_case(
-    plan: Plan,
+    plan: SuitePlan,
     case: Case,
     records: list[Record],
     stopwatch: Callable[[Callable[[], object]], float],
-    progress: Progress,
+    progress: Watcher,
 ) -> None:
     progress.describe(f"{case}: inputs")
     inputs = make_inputs(case, plan.device)
@@ -128,7 +128,7 @@ def _measure_case(
             progress.advance(1)
 
 
-def _new_records(plan: Plan, case: Case, contender: Contender) -> list[Record]:
+def _new_records(plan: SuitePlan, case: Case, contender: Contender) -> list[Record]:
     made = []
     for operation in plan.operations:
         planned = planned_extra = None
@@ -193,7 +193,7 @@ def _failure(error: Exception) -> Record:
     """What a record says of a contender that raised."""
     if isinstance(error, OUT_OF_MEMORY):
         return {"status": "out of memory"}
-    return {"status": "failed", "problem": first_line(error)}
+    return {"status": "failed", "problem": named_error(error)}
 
 
 def _settle(records: list[Record]) -> None:

@@ -16,7 +16,6 @@ Exit status: 0; 2 without a GPU, or for input that cannot be used; 130 after Ctr
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -35,108 +34,30 @@ from tqdm import tqdm
 from triton import knobs
 
 from benchmarks import environment
-from benchmarks.inputs import DTYPES, Case, make_inputs
-from benchmarks.peers.contender import first_line
-from benchmarks.ranking import hardware_of, ranked
-from benchmarks.shapes import VOCABULARIES, misfit
+from benchmarks.candidates import MOST_CANDIDATES, ROWS, planned_work
+from benchmarks.inputs import DTYPES, VOCABULARIES, Case, make_inputs
+from benchmarks.peers.contender import named_error
+from benchmarks.results import save as save_document
+from benchmarks.shapes import misfit
 from benchmarks.timing import make_stopwatch, summarize, time_limit
 from pdl_kernels.backends import interpreted
-from pdl_kernels.kernels import launch, planner
-from pdl_kernels.kernels.planner import Device, RowLaunch
+from pdl_kernels.kernels import launch
+from pdl_kernels.kernels.planner import RowLaunch
 from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
-from pdl_kernels.weights import files
 
-ROWS = (4096, 512, 16384)  # what matters most comes first
-ORDER = (128256, 32000, 262144, 151936, 50257)  # of shapes.VOCABULARIES, too
-CLUSTERS = (1, 2, 4, 8, 16)
-REGISTERS = {2: (80, 96, 112, 128, 168, 192), 4: (96, 112, 128, 168, 192)}  # by bytes per logit
-MOST_COLUMNS = {2: 256, 4: 128}  # of a thread
-FEWEST_COLUMNS = 32
-TWO_PASS_SHAPES = tuple((warps, unroll) for warps in (8, 16, 32) for unroll in (2, 4, 8))
-TWO_PASS_THREADS = (1024, 2048)  # that a multiprocessor holds: the limits on registers
-MOST_CANDIDATES = 20  # of a shape, beside the planner's own
 WARM_UP, ROUNDS = 2, 7
 SAVE_EVERY = 2.0  # seconds
 CANDIDATE_SECONDS = 30.0  # at most, compilation included: up to 25 on two slow cores
 
 
-def candidates(
-    case: Case, device: Device, triton_version: tuple[int, int], most: int | None = MOST_CANDIDATES
-) -> list[RowLaunch]:
-    """The planner's choices, then those that read twice, then the best others by `ranking`, at most so many, if any."""
-    head = case.vocab_size % (planner.VECTOR_BYTES // case.itemsize) != 0
-    planned = planner.plan_loss(case.rows, case.vocab_size, case.itemsize, device, triton_version, head=head)
-    held = [plan for plan in _held_rows(case, device, triton_version, head) if plan not in planned]
-    twice = [plan for plan in _two_passes(case, device, planned[-1]) if plan not in planned]
-    if most == 0:
-        return planned
-    return planned + twice + ranked(hardware_of(device), held, case.vocab_size, case.itemsize)[:most]
-
-
-def _two_passes(case: Case, device: Device, planned: RowLaunch) -> list[RowLaunch]:
-    """Other shapes of the kernel that reads a row twice; none where few rows are sliced."""
-    found: list[RowLaunch] = []
-    if device.warp_size != 32 or planned.slices > 1:
-        return found
-    vector = planner.VECTOR_BYTES // case.itemsize
-    for warps, unroll in TWO_PASS_SHAPES:
-        lanes = warps * device.warp_size
-        tiles = -(-case.vocab_size // (lanes * unroll * vector))
-        for threads in TWO_PASS_THREADS:
-            if lanes <= threads and tiles > 1:
-                registers = planner.REGISTER_FILE // threads
-                found.append(
-                    planned._replace(lanes=lanes, unroll=unroll, warps=warps, registers=registers, slice_tiles=tiles)
-                )
-    return found
-
-
-def _held_rows(case: Case, device: Device, triton_version: tuple[int, int], head: bool) -> list[RowLaunch]:
-    """Every shape of a held row that could be worth its registers; none for warps of another size than NVIDIA's."""
-    found: list[RowLaunch] = []
-    if device.warp_size != 32:
-        return found
-    clusters = device.capability >= planner.CLUSTER_CAPABILITY and triton_version >= planner.CLUSTER_TRITON
-    for ctas in CLUSTERS if clusters else (1,):
-        for warps in (4, 8, 16):
-            columns = case.vocab_size / (ctas * warps * device.warp_size)
-            if not FEWEST_COLUMNS <= columns <= MOST_COLUMNS[case.itemsize]:
-                continue
-            needed = columns * case.itemsize / 4 + 32  # held columns, and what the arithmetic needs at least
-            enough = [count for count in REGISTERS[case.itemsize] if count >= needed]
-            for registers in [count for count in enough if warps * count <= 2048][:3]:
-                found.append(
-                    planner.held_row(
-                        case.vocab_size, case.itemsize, warps=warps, ctas=ctas, registers=registers, head=head
-                    )
-                )
-    return found
-
-
-def planned_work(
-    dtypes: list[str],
-    vocabularies: list[int],
-    rows: list[int],
-    device: Device,
-    triton_version: tuple[int, int],
-    most: int | None = MOST_CANDIDATES,
-) -> list[tuple[Case, RowLaunch]]:
-    """Everything that `sweep` times, in its order; no device is needed to know it."""
-    return [
-        (case, plan)
-        for case in cases(dtypes, vocabularies, rows)
-        for plan in candidates(case, device, triton_version, most)
-    ]
-
-
-def cases(dtypes: list[str], vocabularies: list[int], rows: list[int]) -> Iterator[Case]:
-    """In the order of their value."""
-    ordered = sorted(vocabularies, key=lambda size: ORDER.index(size) if size in ORDER else len(ORDER))
-    for dtype in dtypes:
-        for count in rows:
-            for vocab_size in ordered:
-                yield Case(count, vocab_size, dtype)
+@contextmanager
+def planned_launch(inputs: LossInputs, gradient: torch.Tensor, plan: RowLaunch) -> Iterator[Callable[[], None]]:
+    """Within, the function launches the row kernel alone, as the plan says."""
+    options = LossOptions()
+    with launch.planned_by(lambda *_, **__: [plan]):
+        scalars, _ = launch.denominators(inputs, options)
+        yield lambda: launch.loss_rows(inputs, options, scalars, gradient)
 
 
 def time_candidate(
@@ -151,17 +72,11 @@ def time_candidate(
     Beside them the seconds of the first launch, which compiles unless Triton's cache has the kernel, and how many
     kernels were compiled. After `limit` seconds it is given up, or makes do with the samples that it has.
     """
-    options = LossOptions()
-    scalars, _ = launch.denominators(inputs, options)
     seconds: list[float] = []
     compile_seconds = 0.0
     problem = None
-
-    def run() -> None:
-        launch.loss_rows(inputs, options, scalars, gradient)
-
     with (
-        launch.planned_by(lambda *_, **__: [plan]),
+        planned_launch(inputs, gradient, plan) as run,
         warnings.catch_warnings(),
         counted_compilations() as compilations,
     ):
@@ -182,7 +97,7 @@ def time_candidate(
                         seconds.append(stopwatch(run))
         except Exception as error:  # a launch that the device refuses, such as a cluster of 16, is a result
             if not (seconds and isinstance(error, TimeoutError)):
-                problem, seconds = first_line(error), []
+                problem, seconds = named_error(error), []
     return {
         "problem": problem,
         "seconds": seconds,
@@ -347,15 +262,17 @@ def main(arguments: list[str] | None = None) -> int:
     most = None if chosen.all else chosen.candidates
     described = launch.device_of(device)
     work = planned_work(chosen.dtypes, chosen.vocabularies, chosen.rows, described, launch.TRITON_VERSION, most)
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     document = new_document(device)
-
-    def save() -> None:
-        files.replace_file(chosen.out, json.dumps(document, indent=1).encode())
-
     status = 0
     try:
-        sweep(work, device, chosen.seconds, document, save, chosen.candidate_seconds)
+        sweep(
+            work,
+            device,
+            chosen.seconds,
+            document,
+            lambda: save_document(chosen.out, document),
+            chosen.candidate_seconds,
+        )
     except KeyboardInterrupt:
         status = 130
     print_best(document["records"], Console())

@@ -58,7 +58,7 @@ def floor_flops(case: Case, operation: Operation) -> int:
 
 
 def planned_linear_memory(case: Case, operation: Operation) -> int:
-    """Peak extra bytes by the plan of `pdl_kernels.ops.linear_chunks`, per-row numbers left out.
+    """Peak extra bytes by the plan of `pdl_kernels.ops.chunks`, per-row numbers left out.
 
     A chunk of logits; where rows are ignored a copy of the others' hidden states; the gradients, which wait in float32
     and are rounded into the parameters' dtype.

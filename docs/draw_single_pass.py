@@ -26,38 +26,21 @@ def draw():
     axis.set(xlim=(0, 10), ylim=(0, 6))
     axis.axis("off")
     box(axis, 0.4, 5.25, 9.2, 0.5, "one row of logits in memory, read once, 16 bytes per thread and load", MEMORY)
-    box(
-        axis,
-        0.4,
-        2.35,
-        9.2,
-        0.55,
-        "one exchange in the cluster: (max, sum) of all warps, packed in 64 bits",
-        EXCHANGE,
-    )
+    exchanged = "one exchange in the cluster: (max, sum) of all warps, packed in 64 bits"
+    box(axis, 0.4, 2.35, 9.2, 0.55, exchanged, EXCHANGE)
     box(axis, 0.4, 0.2, 9.2, 0.5, "the row's gradient in memory, written once", MEMORY)
     width = 9.2 / BLOCKS - 0.2
     for block in range(BLOCKS):
         x = 0.4 + block * (width + 0.2) + 0.1
         middle = x + width / 2
         name = f"block {block}" if block < BLOCKS - 1 else "block 7"
-        box(
-            axis,
-            x,
-            3.35,
-            width,
-            1.4,
-            f"{name}: 128 threads\n148 columns each,\nheld in registers;\nmax, sum of exp",
-            CHIP,
-        )
+        held = "128 threads\n148 columns each,\nheld in registers;\nmax, sum of exp"
+        box(axis, x, 3.35, width, 1.4, f"{name}: {held}", CHIP)
         box(axis, x, 1.15, width, 0.75, "scale * exp(z - max)\nof the same columns", CHIP)
-        arrow(axis, (middle, 5.25), (middle, 4.78))
-        arrow(axis, (middle, 3.33), (middle, 2.93))
-        arrow(axis, (middle, 2.33), (middle, 1.93))
-        arrow(axis, (middle, 1.13), (middle, 0.73))
-    axis.text(
-        0.4, 5.86, "V = 151936, bfloat16: a cluster of 8 blocks, 4 bytes moved per logit", fontsize=10, weight="bold"
-    )
+        for top, bottom in ((5.25, 4.78), (3.33, 2.93), (2.33, 1.93), (1.13, 0.73)):
+            arrow(axis, (middle, top), (middle, bottom))
+    title = "V = 151936, bfloat16: a cluster of 8 blocks, 4 bytes moved per logit"
+    axis.text(0.4, 5.86, title, fontsize=10, weight="bold")
     return figure
 
 

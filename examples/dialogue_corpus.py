@@ -9,10 +9,11 @@ A dialogue model learns the replies, so these are what PDL's frequencies are of;
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from text_files import write_texts
 
 
 def replies() -> Iterator[str]:
@@ -33,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError:
         print("error: pip install --no-deps chitchat-dataset==0.9.0", file=sys.stderr)
         return 2
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.part")
-    temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    temporary.replace(output)
+    write_texts(output, texts)
     print(f"{output}: {len(texts)} replies")
     return 0
 

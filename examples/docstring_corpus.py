@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import random
 import sysconfig
 import tokenize
@@ -17,6 +16,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from text_files import write_texts
 
 # Tests, bundled third-party code and programs that are not library code: their docstrings are few, odd or not the
 # standard library's own.
@@ -133,10 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="the file to write; an old one is replaced")
     output = parser.parse_args(arguments).output
     documents = split_by_module(collect_documents(), HELD_OUT_FRACTION, seed=0).training
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.part")
-    temporary.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents))
-    temporary.replace(output)
+    write_texts(output, (document.text for document in documents))
     print(f"{output}: {len(documents)} documents")
 
 

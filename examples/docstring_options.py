@@ -14,6 +14,7 @@ import torch
 
 from pdl_kernels import pdl_cross_entropy
 from pdl_kernels.backends import choose_backend
+from pdl_kernels.errors import first_line
 
 NEEDED_MODULES = ("transformers", "accelerate", "gguf", "matplotlib", "rich", "tqdm")
 
@@ -90,10 +91,6 @@ def prepare_output(folder: Path) -> None:
         raise UserError(f"--output {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output {folder}: no permission to write there")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def choose_device(name: str) -> torch.device:

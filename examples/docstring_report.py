@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from frequency_buckets import BUCKET_DEFINITION, BUCKETS, Score
+
+from pdl_kernels.weights.files import replace_file
 
 ROWS = (*BUCKETS, "overall")
 COLOURS = ("#999999", "#0072b2", "#d55e00")  # told apart in grey and by colour-blind readers
@@ -19,17 +21,6 @@ MEANING = (
 )
 
 Scores = Mapping[str, Mapping[str, Score]]  # model -> row -> score
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def facts_of(record: Mapping[str, Any]) -> dict[str, str]:
@@ -125,10 +116,14 @@ def save_plot(path: Path, scores: Scores, title: str) -> None:
     axes[1].yaxis.set_major_formatter(PercentFormatter(decimals=0))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(scores), frameon=False)
     figure.suptitle(title)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content.getvalue())
 
 
 def save_json(path: Path, record: Mapping[str, Any]) -> None:
     """All numbers of the run; a nan or an infinity is an error, because JSON has no word for it."""
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode())

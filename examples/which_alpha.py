@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from pdl_kernels import PowerLawWeighting, TokenCounts, describe
@@ -66,9 +67,9 @@ def save_plot(path: Path, corpora: dict[str, list[dict[str, float]]]) -> None:
         panel.set(xlabel="alpha", ylabel=label, ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[0].legend()
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    content = BytesIO()
+    figure.savefig(content, dpi=150, format="png")
+    replace_file(path, content.getvalue())
     plt.close(figure)
 
 

@@ -13,6 +13,7 @@ Exit status: 0; 1 where something could not be compiled; 2 for wrong arguments.
 """
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import compile_ahead
+from pdl_kernels.weights.files import replace_file
 
 KEPT = (".cubin", ".json")  # what a launch reads; the rest is the compiler's intermediate code
 
@@ -40,14 +42,10 @@ def prune(cache: Path) -> int:
 
 
 def pack(cache: Path, target: Path) -> None:
-    """Written whole or not at all."""
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        with tarfile.open(temporary, "w:xz") as archive:
-            archive.add(cache, arcname=cache.name)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz") as archive:
+        archive.add(cache, arcname=cache.name)
+    replace_file(target, content.getvalue())
 
 
 def main(arguments: list[str] | None = None) -> int:

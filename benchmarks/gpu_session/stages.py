@@ -97,7 +97,7 @@ STAGES = (
     Stage(
         "doctor, kit", 35, "Triton 3.9: is every kernel right, clusters included",
         DOCTOR + " --seconds 25 --json {results}/doctor-kit.json",
-        DOCTOR + " --device cpu --vocabulary 130 --json {results}/doctor-kit.json",
+        DOCTOR + " --device cpu --vocabulary 1000 --json {results}/doctor-kit.json",
         correctness=True, kit=True,
     ),
     Stage(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import IGNORE_INDEX, Inputs
+from pdl_kernels.errors import first_line
 
 Loss = Callable[..., Tensor]  # (rows, V) logits, or (rows, H) hidden states and (V, H) head -> the mean loss, ()
 
@@ -60,15 +61,16 @@ def gpu_only(module: str) -> Callable[[torch.device], str | None]:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a package does on import is a reason to leave it out
-            return f"{module} cannot be imported: {first_line(error)}"
+            return f"{module} cannot be imported: {named_error(error)}"
         return None
 
     return problem
 
 
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+def named_error(error: BaseException) -> str:
+    """Its type and the first line of its message."""
+    kind = type(error).__name__
+    return f"{kind}: {first_line(error)}" if str(error).strip() else kind
 
 
 def mean_over_counted(row_losses: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
     walks.py     which loops of a kernel walk over logits, and what one element costs there
     hardware.py  data sheets
     model.py     data sheet and machine code -> programs in flight, which unit binds, fraction of the memory limit
+    measure.py   one launch as a row of the report
     budgets.py   what fails the run
     report.py    table and JSON
 

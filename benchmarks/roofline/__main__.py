@@ -7,6 +7,7 @@ by 10 %, or has machine code that cannot be read; with 2 if an argument is not u
 """
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -17,14 +18,15 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "0"  # read when the kernels are defined: interpreted ones cannot be compiled
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
-from benchmarks.roofline.cases import TARGETS, Case, full_cases, quick_cases, run_case
+from benchmarks.roofline.cases import TARGETS, CompiledCall, compile_call, full_cases, quick_cases
 from benchmarks.roofline.compile import compiled_launches
 from benchmarks.roofline.machine import MachineCodeError
 from benchmarks.roofline.measure import measured
-from benchmarks.roofline.report import as_json, print_tables, write_json
+from benchmarks.roofline.report import as_json, print_tables
 from benchmarks.roofline.walks import KERNEL_WALKS
+from pdl_kernels.weights.files import replace_file
 
 KERNELS = sorted(name.removesuffix("_kernel") for name in KERNEL_WALKS)
 WIDTH = 200  # characters of the table where the output is no terminal
@@ -45,45 +47,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     print_tables(variants, console)
     if chosen.json:
-        write_json(chosen.json, as_json(variants, problems))
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(chosen.json, (json.dumps(as_json(variants, problems), indent=1) + "\n").encode())
     for problem in problems:
         console.print(f"FAILED {problem}", style="bold red", highlight=False, soft_wrap=True)
     console.print(f"{len(variants)} variants, {len(problems)} problems", highlight=False)
     return 1 if problems or not variants else 0
 
 
-def look_at(cases: list[Case], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def look_at(cases: list[CompiledCall], names: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """(the variants of the named kernels that the cases launch, what is wrong with them)"""
     variants: dict[tuple[Any, ...], dict[str, Any]] = {}
     problems = []
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-    with progress:
-        task = progress.add_task("compiling", total=len(cases))
-        for case in cases:
-            with compiled_launches(case.target, lambda name: name.removesuffix("_kernel") in names) as launches:
-                run_case(case)
-            for launch in launches:
-                # Kernels that do not walk over logits, and rows of one size, come up in many cases.
-                size = case.vocab_size if "VARIANT" in launch.arguments else None
-                key = (case.target, launch.compiled.hash, size, launch.programs)
-                if key not in variants:
-                    try:
-                        variants[key] = measured(case, launch)
-                        found = variants[key]["problems"]
-                    except MachineCodeError as error:
-                        found = [str(error)]
-                    problems += [f"{describe(case, launch.kernel)}: {problem}" for problem in found]
-            progress.advance(task)
+    for case in tqdm(cases, desc="compiling", unit="call"):
+        with compiled_launches(case.target, lambda name: name.removesuffix("_kernel") in names) as launches:
+            compile_call(case)
+        for launch in launches:
+            # Kernels that do not walk over logits, and rows of one size, come up in many cases.
+            size = case.vocab_size if "VARIANT" in launch.arguments else None
+            key = (case.target, launch.compiled.hash, size, launch.programs)
+            if key in variants:
+                continue
+            try:
+                variants[key] = measured(case, launch)
+                found = variants[key]["problems"]
+            except MachineCodeError as error:
+                found = [str(error)]
+            problems += [f"{describe(case, launch.kernel)}: {problem}" for problem in found]
     return list(variants.values()), problems
 
 
-def describe(case: Case, kernel: str) -> str:
+def describe(case: CompiledCall, kernel: str) -> str:
     shape = f"{case.rows} x {case.vocab_size} {case.dtype}"
     return ", ".join(filter(None, (kernel, case.target, case.call, shape, case.options, case.layout)))
 

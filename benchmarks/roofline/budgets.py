@@ -3,18 +3,17 @@
 To raise a budget, change the number and say in `reason` what it buys and how that was seen. "It grew" is no reason.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TOLERANCE = 0.10
-BUDGET_TARGET, BUDGET_DTYPE = "sm_90", "bfloat16"
+TARGET, DTYPE = "sm_90", "bfloat16"  # for which there are budgets
+MAX_CLUSTER_FENCES = 2  # one exchange
 
 
 class Budget(NamedTuple):
     instructions: float  # per element, in the walk's loop, with every option off
     reason: str
 
-
-MAX_CLUSTER_FENCES = 2  # one exchange
 
 BUDGETS = {
     "forward only": Budget(
@@ -26,11 +25,7 @@ BUDGETS = {
 }
 
 
-def limit(role: str) -> float | None:
-    return BUDGETS[role].instructions * (1 + TOLERANCE) if role in BUDGETS else None
-
-
-def problems(variant: dict) -> list[str]:
+def problems(variant: dict[str, Any]) -> list[str]:
     """What is wrong with a variant, as measure.measured returns it."""
     found = []
     if variant["spills"]:
@@ -38,15 +33,14 @@ def problems(variant: dict) -> list[str]:
     if variant["cluster_fences"] > MAX_CLUSTER_FENCES:
         found.append(f"{variant['cluster_fences']} cluster fences, {MAX_CLUSTER_FENCES} allowed")
     for walk in variant["walks"]:
+        where = f"walk {walk['role']!r}"
         if variant["aligned"] and walk["narrow"]:
             written = "" if walk["store_bytes"] is None else f" and written {walk['store_bytes']}"
+            found.append(f"{where}: aligned rows are read {walk['load_bytes']}{written} bytes at a time, not 16")
+        budget = BUDGETS.get(walk["role"]) if variant["budgeted"] else None
+        if budget is not None and walk["instructions_per_element"] > (most := budget.instructions * (1 + TOLERANCE)):
             found.append(
-                f"walk {walk['role']!r}: aligned rows are read {walk['load_bytes']}{written} bytes at a time, not 16"
-            )
-        most = limit(walk["role"]) if variant["budgeted"] else None
-        if most is not None and walk["instructions_per_element"] > most:
-            found.append(
-                f"walk {walk['role']!r}: {walk['instructions_per_element']:.2f} instructions per element, "
-                f"{most:.2f} allowed (budget {BUDGETS[walk['role']].instructions} + {TOLERANCE:.0%})"
+                f"{where}: {walk['instructions_per_element']:.2f} instructions per element, {most:.2f} allowed "
+                f"(budget {budget.instructions} + {TOLERANCE:.0%})"
             )
     return found

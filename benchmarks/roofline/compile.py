@@ -64,33 +64,23 @@ def described_device(target: str, *, cache_known: bool) -> Device:
 
 @contextmanager
 def compiled_launches(
-    target: str,
-    wanted: Callable[[str], bool] = lambda name: True,
-    *,
-    cache_known: bool = False,
+    target: str, wanted: Callable[[str], bool] = lambda name: True, *, cache_known: bool = False
 ) -> Iterator[list[Launch]]:
-    """Within, `launch` sees a device of `target`; the launches of `wanted` kernels are compiled and collected.
-
-    Args:
-        cache_known: see `described_device`.
-    """
+    """Within, `launch` sees a device of `target`; the launches of `wanted` kernels are compiled and collected."""
     launches: list[Launch] = []
-    hardware = HARDWARE[target]
     run = JITFunction.run
 
     def compile_alone(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
         name = kernel.fn.__name__
-        if not wanted(name):
-            return
-        compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
-        named.update((key, value) for key, value in keywords.items() if key in kernel.arg_names)
-        launches.append(Launch(name, math.prod(grid), named, compiled))
+        if wanted(name):
+            compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            named |= {key: value for key, value in keywords.items() if key in kernel.arg_names}
+            launches.append(Launch(name, math.prod(grid), named, compiled))
 
-    device = described_device(target, cache_known=cache_known)
-    driver.set_active(CompilingDriver(hardware.target, list(HARDWARE).index(target)))
+    driver.set_active(CompilingDriver(HARDWARE[target].target, list(HARDWARE).index(target)))
     with (
         mock.patch.object(JITFunction, "run", compile_alone),
-        mock.patch.object(launch, "device_of", return_value=device),
+        mock.patch.object(launch, "device_of", return_value=described_device(target, cache_known=cache_known)),
     ):
         yield launches

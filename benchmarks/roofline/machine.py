@@ -1,4 +1,4 @@
-"""Machine code as text -> instructions, loops, memory accesses."""
+"""Reads machine code, as text, into instructions, loops and accesses to memory."""
 
 import bisect
 import os
@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from typing import Any, NamedTuple
 
+import networkx  # torch depends on it
 import triton
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
@@ -105,44 +106,26 @@ def innermost_loops(instructions: list[Instruction]) -> list[list[Instruction]]:
     A loop is instructions that can all reach each other. A jump backwards alone is none: compilers put seldom taken
     code at the end and jump back from it, and start loops in their middle.
     """
-    successors: list[list[int]] = [[] for _ in instructions]  # of each instruction, by index
     positions = [instruction.position for instruction in instructions]
+    flow = networkx.DiGraph()  # of indices
+    flow.add_nodes_from(range(len(instructions)))
     for number, instruction in enumerate(instructions):
         if instruction.goes_on and number + 1 < len(instructions):
-            successors[number].append(number + 1)
+            flow.add_edge(number, number + 1)
         if instruction.jump is not None and instruction.jump <= positions[-1]:
-            successors[number].append(bisect.bisect_left(positions, instruction.jump))  # a label is before its code
-    predecessors: list[list[int]] = [[] for _ in instructions]
-    for number, following in enumerate(successors):
-        for successor in following:
-            predecessors[successor].append(number)
-    bodies = _innermost(set(range(len(instructions))), successors, predecessors)
+            flow.add_edge(number, bisect.bisect_left(positions, instruction.jump))  # a label is before its code
+    bodies = _innermost(set(flow), flow)
     return [[instructions[number] for number in sorted(body)] for body in sorted(bodies, key=min)]
 
 
-def _innermost(among: set[int], successors: list[list[int]], predecessors: list[list[int]]) -> list[set[int]]:
-    bodies: list[set[int]] = []
-    for number in among:
-        for target in successors[number]:
-            if target <= number and target in among and not any(number in body for body in bodies):
-                body = _reachable(target, successors, among) & _reachable(target, predecessors, among)
-                bodies += [body] if number in body else []
-    inner = []
-    for body in bodies:
-        # Without the instructions through which it is entered, only the loops inside it are left.
-        entries = {number for number in body if any(before not in body for before in predecessors[number])}
-        inner += _innermost(body - (entries or {min(body)}), successors, predecessors) or [body]
-    return inner
-
-
-def _reachable(start: int, neighbours: list[list[int]], among: set[int]) -> set[int]:
-    """Everything that can be reached from `start` through instructions of `among`, itself included."""
-    found = {start}
-    waiting = [start]
-    while waiting:
-        fresh = (set(neighbours[waiting.pop()]) & among) - found
-        found |= fresh
-        waiting += fresh
+def _innermost(among: set[int], flow: networkx.DiGraph) -> list[set[int]]:
+    found: list[set[int]] = []
+    for body in networkx.strongly_connected_components(flow.subgraph(among)):
+        first = min(body)
+        if len(body) > 1 or flow.has_edge(first, first):
+            # Without the instructions through which it is entered, only the loops inside it are left.
+            entries = {number for number in body if any(before not in body for before in flow.predecessors(number))}
+            found += _innermost(body - (entries or {first}), flow) or [body]
     return found
 
 

@@ -1,19 +1,20 @@
-"""One launch as a row of the report."""
+"""One launch as a row of the report, and what is wrong with it."""
 
 import re
 from typing import Any
 
 from benchmarks.roofline import budgets, model
-from benchmarks.roofline.cases import Case
+from benchmarks.roofline.cases import CompiledCall
 from benchmarks.roofline.compile import Launch
 from benchmarks.roofline.hardware import HARDWARE
 from benchmarks.roofline.machine import CLUSTER_FENCES, FENCES, accesses, count, machine_code
-from benchmarks.roofline.walks import find_walks
+from benchmarks.roofline.walks import VECTOR_BYTES, find_walks
 
-OPTION_FIELDS = ("smoothing", "z_loss", "softcap", "scale", "stats")  # of launch.Variant
+OPTION_FIELDS = ("smoothing", "z_loss", "softcap", "scale", "stats")  # of the package's Variant
+FUSED_MULTIPLY_ADD = ("FFMA", "v_fma", "v_fmac", "v_pk_fma")
 
 
-def measured(case: Case, launch: Launch) -> dict[str, Any]:
+def measured(case: CompiledCall, launch: Launch) -> dict[str, Any]:
     """Everything the report says about a launch, ready for JSON.
 
     Raises:
@@ -21,11 +22,12 @@ def measured(case: Case, launch: Launch) -> dict[str, Any]:
     """
     hardware = HARDWARE[case.target]
     machine = machine_code(launch.compiled)
-    walks = find_walks(launch, machine.instructions)
-    resident = model.resident_programs(hardware, machine, launch.warps)
+    code = machine.instructions
+    walks = find_walks(launch, code)
     variant = launch.arguments.get("VARIANT")
-    work = _work(case, launch)
-    prediction = model.predict(hardware, machine, walks, work, resident) if work else None
+    blocks = launch.compiled.metadata.num_ctas
+    resident = model.resident_programs(hardware, machine.registers, machine.shared_bytes, launch.warps)
+    prediction = model.predict(hardware, machine, walks, _work(case, launch), resident) if variant is not None else None
     aligned = bool(walks) and _aligned(launch)
     plain = bool(walks) and not any(getattr(variant, field) for field in OPTION_FIELDS)
     result = {
@@ -35,20 +37,18 @@ def measured(case: Case, launch: Launch) -> dict[str, Any]:
         "variant": variant._asdict() if variant is not None else None,
         "programs": launch.programs,
         "warps": launch.warps,
-        "programs_per_cluster": launch.compiled.metadata.num_ctas,
+        "programs_per_cluster": blocks,
         "registers": machine.registers,
         "spills": machine.spills,
         "shared_bytes": machine.shared_bytes,
         "resident_programs": resident,
-        "fences": count(machine.instructions, FENCES),
-        "cluster_fences": count(machine.instructions, CLUSTER_FENCES) if launch.compiled.metadata.num_ctas > 1 else 0,
-        "fused_multiply_add": count(machine.instructions, ("FFMA", "v_fma", "v_fmac", "v_pk_fma")),
-        "accesses": [
-            {**one._asdict(), "instructions": times} for one, times in sorted(accesses(machine.instructions).items())
-        ],
+        "fences": count(code, FENCES),
+        "cluster_fences": count(code, CLUSTER_FENCES) if blocks > 1 else 0,
+        "fused_multiply_add": count(code, FUSED_MULTIPLY_ADD),
+        "accesses": [{**one._asdict(), "instructions": times} for one, times in sorted(accesses(code).items())],
         "tile_store_layouts": _tile_store_layouts(launch),
         "aligned": aligned,
-        "budgeted": plain and aligned and (case.target, case.dtype) == (budgets.BUDGET_TARGET, budgets.BUDGET_DTYPE),
+        "budgeted": plain and aligned and (case.target, case.dtype) == (budgets.TARGET, budgets.DTYPE),
         "walks": [{**walk._asdict(), "instructions_per_element": walk.instructions_per_element} for walk in walks],
         "model": prediction._asdict() if prediction else None,
     }
@@ -62,19 +62,18 @@ def _aligned(launch: Launch) -> bool:
     return variant.layout != "any" and (not writes or variant.gradient_layout != "any")
 
 
-def _work(case: Case, launch: Launch) -> model.Work | None:
-    variant = launch.arguments.get("VARIANT")
-    if variant is None:
-        return None
+def _work(case: CompiledCall, launch: Launch) -> model.Work:
+    variant = launch.arguments["VARIANT"]
+    vector_columns = variant.lanes * variant.vector
     # A row held on chip is one tile.
-    tile = case.vocab_size if variant.chunks else variant.lanes * variant.vector * variant.unroll
+    tile = case.vocab_size if variant.chunks else vector_columns * variant.unroll
     slice_tiles = launch.arguments.get("slice_tiles")
     return model.Work(
         programs=launch.programs,
         threads=variant.lanes,
         elements=min(case.vocab_size, slice_tiles * tile) if slice_tiles else case.vocab_size,
-        tile=tile if launch.kernel != "scale_rows_kernel" else variant.lanes * variant.vector,
-        element_bytes=16 // variant.vector,
+        tile=vector_columns if launch.kernel == "scale_rows_kernel" else tile,
+        element_bytes=VECTOR_BYTES // variant.vector,
         writes=launch.arguments.get("gradient") is not None,
     )
 
@@ -84,7 +83,6 @@ def _tile_store_layouts(launch: Launch) -> list[str]:
     variant = launch.arguments.get("VARIANT")
     if variant is None:
         return []
-    stores = [line for line in launch.compiled.asm["ttgir"].splitlines() if "tt.store" in line]
     shape = rf"{variant.lanes * variant.vector}" if variant.chunks else rf"\d+x{variant.vector}"
-    tile = re.compile(rf"tensor<{shape}x!tt\.ptr<\w+>, (#\w+)>")  # of pointers, with its layout
-    return sorted({match[1] for match in map(tile.search, stores) if match})
+    tile = re.compile(rf"tt\.store.*?tensor<{shape}x!tt\.ptr<\w+>, (#\w+)>")  # of pointers, with its layout
+    return sorted(set(tile.findall(launch.compiled.asm["ttgir"])))

@@ -38,13 +38,8 @@ class Prediction(NamedTuple):
     fraction: float  # of the memory limit: every logit read once, every gradient written once
 
 
-def resident_programs(hardware: Hardware, machine: Machine, warps: int) -> int:
-    """Programs that a multiprocessor holds at once."""
-    return programs_held(hardware, machine.registers, machine.shared_bytes, warps)
-
-
-def programs_held(hardware: Hardware, registers: int, shared_bytes: int, warps: int) -> int:
-    """The same from the registers of a thread and the shared memory of a program."""
+def resident_programs(hardware: Hardware, registers: int, shared_bytes: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at once, from the registers of a thread and the rest of a program."""
     registers = -(-max(registers, 1) // hardware.register_unit) * hardware.register_unit
     warps_held = 4 * min(hardware.registers // (registers * hardware.target.warp_size), hardware.warps)
     shared_bytes += hardware.shared_reserve

@@ -1,10 +1,7 @@
 """The report as a table for people and as JSON for programs."""
 
-import json
-import os
 import platform
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,50 +17,61 @@ NOTE = (
     "registers, spills, shared memory, widths, fences and instructions: read from the machine code of this compiler. "
     "programs per multiprocessor, binding unit and fraction of the memory limit: a model, not measured."
 )
-COLUMNS = (
-    "kernel", "call", "dtype", "V", "rows", "warps", "registers", "spills", "shared", "programs / SM*",
-    "load B", "store B", "fences", "instr. / element", "with the rest", "binds*", "fraction*",
-)  # fmt: skip
+FOOTNOTE = (
+    "instr. / element: in each walk's loop. with the rest: everything else as if it ran once a program. "
+    "-: does not apply, or is not modelled for this architecture."
+)
+Variant = dict[str, Any]
 
 
-def print_tables(variants: list[dict[str, Any]], console: Console) -> None:
-    for target in dict.fromkeys(variant["target"] for variant in variants):
-        table = Table(title=f"{target} ({HARDWARE[target].name})", title_justify="left")
-        for index, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if index < 3 else "right", no_wrap=index > 1)
-        for variant in variants:
-            if variant["target"] == target:
-                table.add_row(*_cells(variant), style="bold red" if variant["problems"] else None)
-        console.print(table)
-    console.print(f"* {NOTE}", highlight=False)
-    console.print(
-        "instr. / element: in each walk's loop. with the rest: everything else as if it ran once a program. "
-        "-: does not apply, or is not modelled for this architecture.",
-        highlight=False,
-    )
-
-
-def _cells(variant: dict[str, Any]) -> Iterable[str]:
-    walks, model = variant["walks"], variant["model"]
-    call = ", ".join(filter(None, (variant["call"], variant["options"], variant["layout"])))
-    yield variant["kernel"].removesuffix("_kernel")
-    yield call.replace(", plain", "")
-    yield from (variant["dtype"], str(variant["vocab_size"]), str(variant["rows"]), str(variant["warps"]))
-    yield from (str(variant[name]) for name in ("registers", "spills", "shared_bytes", "resident_programs"))
-    yield _each(walk["load_bytes"] for walk in walks)
-    yield _each(walk["store_bytes"] for walk in walks if walk["store_bytes"] is not None)
-    yield str(variant["fences"])
-    yield _each(f"{walk['instructions_per_element']:.2f}" for walk in walks)
-    yield f"{model['row_instructions_per_element']:.1f}" if model else "-"
-    yield model["binds"] if model else "-"
-    yield f"{model['fraction']:.2f}" if model else "-"
+def _call(variant: Variant) -> str:
+    return ", ".join(filter(None, (variant["call"], variant["options"], variant["layout"]))).replace(", plain", "")
 
 
 def _each(values: Iterable[Any]) -> str:
-    return " ".join(dict.fromkeys(map(str, values))) or "-"
+    return " ".join(dict.fromkeys(str(value) for value in values if value is not None)) or "-"
 
 
-def as_json(variants: list[dict[str, Any]], problems: list[str]) -> dict[str, Any]:
+def _modelled(what: str, form: str) -> Callable[[Variant], str]:
+    return lambda variant: form.format(variant["model"][what]) if variant["model"] else "-"
+
+
+COLUMNS: dict[str, Callable[[Variant], str]] = {
+    "kernel": lambda variant: variant["kernel"].removesuffix("_kernel"),
+    "call": _call,
+    "dtype": lambda variant: variant["dtype"],
+    "V": lambda variant: str(variant["vocab_size"]),
+    "rows": lambda variant: str(variant["rows"]),
+    "warps": lambda variant: str(variant["warps"]),
+    "registers": lambda variant: str(variant["registers"]),
+    "spills": lambda variant: str(variant["spills"]),
+    "shared": lambda variant: str(variant["shared_bytes"]),
+    "programs / SM*": lambda variant: str(variant["resident_programs"]),
+    "load B": lambda variant: _each(walk["load_bytes"] for walk in variant["walks"]),
+    "store B": lambda variant: _each(walk["store_bytes"] for walk in variant["walks"]),
+    "fences": lambda variant: str(variant["fences"]),
+    "instr. / element": lambda variant: _each(f"{walk['instructions_per_element']:.2f}" for walk in variant["walks"]),
+    "with the rest": _modelled("row_instructions_per_element", "{:.1f}"),
+    "binds*": _modelled("binds", "{}"),
+    "fraction*": _modelled("fraction", "{:.2f}"),
+}
+
+
+def print_tables(variants: list[Variant], console: Console) -> None:
+    for target in dict.fromkeys(variant["target"] for variant in variants):
+        table = Table(title=f"{target} ({HARDWARE[target].name})", title_justify="left")
+        for name in COLUMNS:
+            text = name in ("kernel", "call", "dtype")
+            table.add_column(name, justify="left" if text else "right", no_wrap=name not in ("kernel", "call"))
+        for variant in variants:
+            if variant["target"] == target:
+                style = "bold red" if variant["problems"] else None
+                table.add_row(*(cell(variant) for cell in COLUMNS.values()), style=style)
+        console.print(table)
+    console.print(f"* {NOTE}\n{FOOTNOTE}", highlight=False)
+
+
+def as_json(variants: list[Variant], problems: list[str]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "note": NOTE,
@@ -73,10 +81,3 @@ def as_json(variants: list[dict[str, Any]], problems: list[str]) -> dict[str, An
         "variants": variants,
         "problems": problems,
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -4,7 +4,6 @@ A walk is recognised by what it must do, not by where it is: an innermost loop t
 whole tiles of the launched variant, and stores as much as the walk writes. Anything else is an error, never a zero.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from benchmarks.roofline.compile import Launch
@@ -20,6 +19,19 @@ from benchmarks.roofline.machine import (
 
 VECTOR_BYTES = 16
 WEIGHT_BYTES = 4  # float32
+HELD_ROW_KERNEL = "single_pass_rows_kernel"
+
+# What every kernel's walks are for, in program order; one that is not here has to say so first.
+KERNEL_WALKS: dict[str, tuple[str, ...]] = {
+    "denominators_kernel": (),
+    "loss_rows_kernel": ("forward only",),  # and others: see `expected_walks`
+    HELD_ROW_KERNEL: ("single pass",),
+    "slice_rows_kernel": ("forward only",),
+    "merge_rows_kernel": (),
+    "gradient_rows_kernel": ("gradient",),
+    "scale_rows_kernel": ("scale",),
+    "reduce_rows_kernel": (),
+}
 
 
 class ExpectedWalk(NamedTuple):
@@ -53,80 +65,54 @@ class Walk(NamedTuple):
         return self.instructions / self.elements
 
 
-def _walk(role: str, variant: Any, *, weights: bool = False, writes: bool = False, blocks: int = 0) -> ExpectedWalk:
-    blocks = blocks or variant.unroll
-    elements = blocks * variant.vector
-    row_bytes = blocks * VECTOR_BYTES
-    return ExpectedWalk(role, elements, row_bytes, elements * WEIGHT_BYTES * weights, row_bytes * writes)
-
-
-def _loss_rows(variant: Any, arguments: dict[str, Any]) -> list[ExpectedWalk]:
-    weights = variant.smoothing and arguments["weights"] is not None
-    if arguments["gradient"] is not None:
-        return [_walk("first of two", variant), _walk("gradient", variant, weights=weights, writes=True)]
-    if variant.smoothing:
-        return [_walk("first of two", variant), _walk("smoothing", variant, weights=weights)]
-    return [_walk("forward only", variant)]
-
-
-def _gradient_rows(variant: Any, arguments: dict[str, Any]) -> list[ExpectedWalk]:
-    weights = variant.smoothing and arguments["weights"] is not None
-    return [_walk("gradient", variant, weights=weights, writes=True)]
-
-
-def _slice_rows(variant: Any, arguments: dict[str, Any]) -> list[ExpectedWalk]:
-    return [_walk("forward only", variant)]
-
-
-def _scale_rows(variant: Any, arguments: dict[str, Any]) -> list[ExpectedWalk]:
-    return [_walk("scale", variant, writes=True, blocks=1)]
-
-
-def _no_walk(variant: Any, arguments: dict[str, Any]) -> list[ExpectedWalk]:
-    return []
-
-
-# The walks of every kernel in program order.
-KERNEL_WALKS: dict[str, Callable[[Any, dict[str, Any]], list[ExpectedWalk]]] = {
-    "denominators_kernel": _no_walk,
-    "loss_rows_kernel": _loss_rows,
-    "single_pass_rows_kernel": _no_walk,  # see _held_row
-    "slice_rows_kernel": _slice_rows,
-    "merge_rows_kernel": _no_walk,
-    "gradient_rows_kernel": _gradient_rows,
-    "scale_rows_kernel": _scale_rows,
-    "reduce_rows_kernel": _no_walk,
-}
-
-
-def _held_row(variant: Any, instructions: list[Instruction]) -> Walk:
-    """A row held on chip: no loop, every instruction runs once a row, but for the branch of rows that do not count."""
-    found = accesses(instructions)
-    wide_loads, wide_stores = found[Access("load", VECTOR_BYTES)], found[Access("store", VECTOR_BYTES)]
-    return Walk(
-        role="single pass",
-        tiles=1,
-        elements=variant.chunks * variant.vector,
-        instructions=len(instructions),
-        special=count(instructions, SPECIAL),
-        load_bytes=VECTOR_BYTES if wide_loads >= variant.chunks else min(one.bytes for one in found),
-        store_bytes=VECTOR_BYTES if wide_stores >= variant.chunks else min(one.bytes for one in found),
-        narrow=wide_loads < variant.chunks or wide_stores < variant.chunks,
-    )
-
-
 def find_walks(launch: Launch, instructions: list[Instruction]) -> list[Walk]:
     """The walks of a launch's kernel, as KERNEL_WALKS says they must be.
 
     Raises:
         MachineCodeError: the kernel is unknown, or its loops are not those walks.
     """
-    if launch.kernel == "single_pass_rows_kernel":
-        return [_held_row(launch.arguments["VARIANT"], instructions)]
     if launch.kernel not in KERNEL_WALKS:
         raise MachineCodeError(f"{launch.kernel} has no entry in walks.KERNEL_WALKS: say there what it reads")
-    expected = KERNEL_WALKS[launch.kernel](launch.arguments.get("VARIANT"), launch.arguments)
+    if launch.kernel == HELD_ROW_KERNEL:
+        return [_held_row(launch.arguments["VARIANT"], instructions)]
+    expected = expected_walks(launch)
     return match_walks(expected, innermost_loops(instructions)) if expected else []
+
+
+def expected_walks(launch: Launch) -> list[ExpectedWalk]:
+    roles = KERNEL_WALKS[launch.kernel]
+    variant, weights = launch.arguments.get("VARIANT"), launch.arguments.get("weights")
+    if launch.kernel == "loss_rows_kernel" and launch.arguments["gradient"] is not None:
+        roles = ("first of two", "gradient")
+    elif launch.kernel == "loss_rows_kernel" and variant.smoothing:
+        roles = ("first of two", "smoothing")
+    found = []
+    for role in roles:
+        vectors = 1 if role == "scale" else variant.unroll  # of a thread in a tile
+        elements = vectors * variant.vector
+        reads_weights = variant.smoothing and weights is not None and role in ("gradient", "smoothing")
+        stored_bytes = vectors * VECTOR_BYTES if role in ("gradient", "scale") else 0
+        weight_bytes = elements * WEIGHT_BYTES if reads_weights else 0
+        found.append(ExpectedWalk(role, elements, vectors * VECTOR_BYTES, weight_bytes, stored_bytes))
+    return found
+
+
+def _held_row(variant: Any, instructions: list[Instruction]) -> Walk:
+    """A row held on chip: no loop, every instruction runs once a row, but for the branch of rows that do not count."""
+    found = accesses(instructions)
+    wide_loads = found[Access("load", VECTOR_BYTES)] >= variant.chunks
+    wide_stores = found[Access("store", VECTOR_BYTES)] >= variant.chunks
+    narrowest = min(one.bytes for one in found)
+    return Walk(
+        role="single pass",
+        tiles=1,
+        elements=variant.chunks * variant.vector,
+        instructions=len(instructions),
+        special=count(instructions, SPECIAL),
+        load_bytes=VECTOR_BYTES if wide_loads else narrowest,
+        store_bytes=VECTOR_BYTES if wide_stores else narrowest,
+        narrow=not (wide_loads and wide_stores),
+    )
 
 
 def match_walks(expected: list[ExpectedWalk], loops: list[list[Instruction]]) -> list[Walk]:
@@ -146,8 +132,6 @@ def _matched(walk: ExpectedWalk, loop: list[Instruction]) -> Walk:
             f"is {walk.loaded_bytes} and {walk.stored_bytes}"
         )
     found = accesses(loop)
-    loads = [one.bytes for one in found if one.kind == "load"]
-    stores = [one.bytes for one in found if one.kind == "store"]
     wide_loads = found[Access("load", VECTOR_BYTES)] * VECTOR_BYTES
     wide_stores = found[Access("store", VECTOR_BYTES)] * VECTOR_BYTES
     return Walk(
@@ -156,8 +140,8 @@ def _matched(walk: ExpectedWalk, loop: list[Instruction]) -> Walk:
         elements=tiles * walk.elements,
         instructions=len(loop),
         special=count(loop, SPECIAL),
-        load_bytes=min(loads),
-        store_bytes=min(stores, default=None),
+        load_bytes=min(one.bytes for one in found if one.kind == "load"),
+        store_bytes=min((one.bytes for one in found if one.kind == "store"), default=None),
         narrow=wide_loads < tiles * walk.row_bytes or wide_stores < stored,
     )
 

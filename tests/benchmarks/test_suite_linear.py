@@ -1,20 +1,18 @@
-"""The linear loss in the benchmark suite: its inputs, checks, table, plots and goals."""
+"""The linear loss in the benchmark suite: its inputs, checks, table and plots."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-from test_suite import CPU, run  # noqa: F401  (a fixture)
 
 from benchmarks import peers
 from benchmarks.correctness import check, expected_linear
-from benchmarks.goals import judge
 from benchmarks.inputs import IGNORE_INDEX, Case, make_inputs
 from benchmarks.memory import peaks_on_cpu
 from benchmarks.operations import OPERATIONS, TRAINING, make_run
 from benchmarks.traffic import floor_flops, planned_linear_memory
 
+CPU = torch.device("cpu")
 CASE = Case(24, 1000, "float32", hidden_size=32, ignored=0.5)
 TINY = ["--device", "cpu", "--shapes", "16x32x1000", "--dtypes", "fp32", "--rounds", "3", "--peers", "torch"]
 
@@ -30,8 +28,8 @@ def test_inputs_are_like_a_trained_models():
     assert (p_y[~confident & counted] < 0.3).all()
 
 
-def test_a_run_writes_table_json_and_plots(run, tmp_path, capsys):  # noqa: F811
-    status, document = run(*TINY)
+def test_a_run_writes_table_json_and_plots(run_and_plot, tmp_path, capsys):
+    status, document = run_and_plot(*TINY)
     assert status == 0
     names = ["pdl linear", "torch linear"]
     names += ["torch chunked"] if hasattr(torch.nn, "LinearCrossEntropyOptions") else []  # from torch 2.13 on
@@ -49,7 +47,7 @@ def test_a_run_writes_table_json_and_plots(run, tmp_path, capsys):  # noqa: F811
         assert text in shown
 
 
-def test_a_shape_of_a_loss_that_was_left_out_is_refused(run, capsys):  # noqa: F811
+def test_a_shape_of_a_loss_that_was_left_out_is_refused(run, capsys):
     assert run(*TINY, "--loss", "logits")[0] == 2
     assert "it is a shape of the linear loss, which --loss leaves out" in capsys.readouterr().err
 
@@ -80,7 +78,7 @@ def test_a_wrong_gradient_is_noticed(source):
 def test_the_reference_in_pieces_is_the_reference(monkeypatch):
     inputs = make_inputs(CASE, CPU)
     whole, (to_hidden, to_head) = expected_linear(inputs, weighted=True)
-    monkeypatch.setattr("benchmarks.correctness.PIECE_ELEMENTS", {"cpu": 7 * CASE.vocab_size})
+    monkeypatch.setattr("benchmarks.correctness.BLOCK_ELEMENTS", {"cpu": 7 * CASE.vocab_size})
     pieces, gradients = expected_linear(inputs, weighted=True)
     assert pieces == pytest.approx(whole)
     torch.testing.assert_close(gradients, (to_hidden, to_head))
@@ -105,65 +103,3 @@ def test_the_plan_of_the_memory_holds():
         pytest.skip(problem)
     planned = planned_linear_memory(case, TRAINING)
     assert 0.8 * planned < peaks["forward-backward"] < planned + (16 << 20), "and what the library's product takes"
-
-
-def record(contender, case, seconds, extra=None, operation="forward-backward"):
-    return {
-        "operation": operation,
-        **case._asdict(),
-        "contender": contender,
-        "status": "timed",
-        "seconds": [seconds],
-        "floor_bytes": 0,
-        "peak_extra_bytes": extra,
-    }
-
-
-def document(device_type, device, records):
-    environment = {"device_type": device_type, "device": device, "cpu": "a CPU", "date": "2026-01-01"}
-    return {
-        "environment": environment,
-        "options": {},
-        "bandwidth": {},
-        "host": None,
-        "records": records,
-        "complete": True,
-    }
-
-
-def statuses(judged):
-    return {
-        judgement.goal.text: (judgement.status, judgement.detail)
-        for judgement in judged
-        if "linear" in judgement.goal.text
-    }
-
-
-def test_goals_of_a_cpu():
-    case = Case(2048, 32000, "float32", hidden_size=512, ignored=0.0)
-    records = [
-        record("pdl linear", case, 0.9, 10),
-        record("torch linear", case, 1.0, 100),
-        record("pdl linear", case._replace(ignored=0.5), 0.7, 10),
-    ]
-    found = statuses(judge([(Path("a.json"), document("cpu", "a CPU", records))]))
-    assert found["CPU, linear: time, of torch's"] == (
-        "met",
-        "at worst 0.90 at 2048 x 512 x 32000 float32, 0% ignored (a.json)",
-    )
-    assert found["CPU, linear: extra memory, of torch's"][0] == "met"
-    assert found["CPU, linear, half the rows ignored: time, of all rows'"][0] == "missed"
-    assert found["H200, linear, the same: extra GiB"][0] == "not measured"
-
-
-def test_goals_of_a_gpu():
-    case = Case(8192, 128256, "bfloat16", hidden_size=4096, ignored=0.0)
-    records = [
-        record("pdl linear", case, 0.033, 2 << 30),
-        record("pdl linear", case._replace(rows=4096), 1.0, 2 << 30),
-        record("pdl linear", case._replace(ignored=0.5), 0.0179, 1),
-    ]
-    found = statuses(judge([(Path("a.json"), document("cuda", "NVIDIA H200", records))]))
-    assert found["H200, linear, 8192 x 4096 x 128256 bf16: ms"][0] == "met"
-    assert found["H200, linear, the same: extra GiB"][0] == "missed"
-    assert found["H200, linear, half the tokens ignored: ms"][0] == "met"

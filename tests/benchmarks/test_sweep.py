@@ -8,9 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks import ranking, sweep
-from benchmarks.inputs import Case
-from benchmarks.shapes import VOCABULARIES
+from benchmarks import candidates, ranking, sweep
+from benchmarks.inputs import VOCABULARIES, Case
 from pdl_kernels.kernels import planner
 from pdl_kernels.kernels.planner import SINGLE_PASS, TWO_PASSES, Device
 from pdl_kernels.options import LossInputs
@@ -22,7 +21,7 @@ H200 = Device(132, 32, True, (9, 0))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_candidates_start_with_the_planners_choice_and_hold_whole_rows(vocab_size, dtype):
     case = Case(4096, vocab_size, dtype)
-    found = sweep.candidates(case, H200, (3, 9))
+    found = candidates.candidates(case, H200, (3, 9))
     head = vocab_size % (16 // case.itemsize) != 0
     assert found[:2] == planner.plan_loss(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
     assert [plan.kernel for plan in found[:2]] == [SINGLE_PASS, TWO_PASSES]
@@ -40,12 +39,12 @@ def test_candidates_start_with_the_planners_choice_and_hold_whole_rows(vocab_siz
 
 
 def test_rows_that_are_sliced_are_not_tried_with_other_shapes_of_whole_rows():
-    found = sweep.candidates(Case(3, 128256, "bfloat16"), H200, (3, 9))
+    found = candidates.candidates(Case(3, 128256, "bfloat16"), H200, (3, 9))
     assert [plan.kernel for plan in found if plan.kernel != SINGLE_PASS] == [planner.SLICES]
 
 
 def test_older_tritons_are_not_asked_for_clusters():
-    assert {plan.ctas for plan in sweep.candidates(Case(4096, 32000, "bfloat16"), H200, (3, 6))} == {1}
+    assert {plan.ctas for plan in candidates.candidates(Case(4096, 32000, "bfloat16"), H200, (3, 6))} == {1}
 
 
 @pytest.mark.cpu_only(reason="on a GPU it would run")
@@ -76,9 +75,11 @@ def _stubbed_gpu(monkeypatch):
         return float(next(clock))
 
     monkeypatch.setattr(sweep, "make_stopwatch", lambda device: run_and_count)
+    monkeypatch.setattr(sweep, "WARM_UP", 1)  # an interpreted launch takes a second
+    monkeypatch.setattr(sweep, "ROUNDS", 2)
     held = [planner.held_row(300, 4, warps=1, ctas=1, registers=None, head=False)]
     two_passes = planner.plan_rows(planner.MANY_ROWS, 300, 4, 8, two_passes=True)
-    monkeypatch.setattr(sweep, "candidates", lambda *_: [*held, two_passes])
+    monkeypatch.setattr(candidates, "candidates", lambda *_: [*held, two_passes])
 
 
 # An interpreted candidate takes long on a busy machine.
@@ -130,12 +131,12 @@ def test_at_most_twenty_beside_the_planners(vocab_size, dtype):
     case = Case(4096, vocab_size, dtype)
     head = vocab_size % (16 // case.itemsize) != 0
     planned = planner.plan_loss(4096, vocab_size, case.itemsize, H200, (3, 9), head=head)
-    everything = sweep.candidates(case, H200, (3, 9), None)
+    everything = candidates.candidates(case, H200, (3, 9), None)
     twice = sum(plan.kernel == TWO_PASSES for plan in everything[len(planned) :])
     assert twice >= 6
-    assert sweep.candidates(case, H200, (3, 9), 0) == planned
+    assert candidates.candidates(case, H200, (3, 9), 0) == planned
     for most in (3, 20):
-        found = sweep.candidates(case, H200, (3, 9), most)
+        found = candidates.candidates(case, H200, (3, 9), most)
         assert found == everything[: len(planned) + twice + most], "the best ones, in the same order"
         assert found[: len(planned)] == planned
 
@@ -144,21 +145,21 @@ def test_at_most_twenty_beside_the_planners(vocab_size, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("triton_version", [(3, 6), (3, 9)])
 def test_the_planners_choice_is_the_first_of_every_shape(vocab_size, dtype, triton_version):
-    for rows in (1, *sweep.ROWS):
+    for rows in (1, *candidates.ROWS):
         case = Case(rows, vocab_size, dtype)
         head = vocab_size % (16 // case.itemsize) != 0
         planned = planner.plan_loss(rows, vocab_size, case.itemsize, H200, triton_version, head=head)
         for most in (0, 20, None):
-            assert sweep.candidates(case, H200, triton_version, most)[0] == planned[0]
+            assert candidates.candidates(case, H200, triton_version, most)[0] == planned[0]
 
 
 def test_warps_that_the_kernel_does_not_know_get_no_held_rows():
     amd = Device(304, 64, False)
-    assert {plan.kernel for plan in sweep.candidates(Case(4096, 32000, "bfloat16"), amd, (3, 9))} == {TWO_PASSES}
+    assert {plan.kernel for plan in candidates.candidates(Case(4096, 32000, "bfloat16"), amd, (3, 9))} == {TWO_PASSES}
 
 
 def test_what_matters_most_comes_first():
-    order = [case.vocab_size for case in sweep.cases(["bfloat16"], [7, 50257, 32000, 128256], [4096])]
+    order = [case.vocab_size for case in candidates.cases(["bfloat16"], [7, 50257, 32000, 128256], [4096])]
     assert order == [128256, 32000, 50257, 7]
     first = [case for case, _ in sweep.planned_work(["bfloat16", "float32"], VOCABULARIES, [4096, 512], H200, (3, 9))]
     assert [(case.rows, case.vocab_size, case.dtype) for case in dict.fromkeys(first)][:6] == [
@@ -190,7 +191,7 @@ def test_the_ranking_prefers_what_the_model_says():
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("ctas", sweep.CLUSTERS)
+@pytest.mark.parametrize("ctas", candidates.CLUSTERS)
 @pytest.mark.parametrize("warps", [4, 8, 16])
 def test_more_columns_held_at_once_are_never_slower(vocab_size, itemsize, ctas, warps):
     """At equal instructions: the same threads with a smaller limit on registers, of which more fit."""
@@ -209,7 +210,7 @@ def test_more_columns_of_a_thread_are_never_slower_per_column(warps):
 def test_the_planners_choices_are_among_the_best_of_the_model():
     """The model and the planner's table have the same origin: where they part, one of them is wrong."""
     for vocab_size in VOCABULARIES:
-        planned, *others = sweep.candidates(Case(4096, vocab_size, "bfloat16"), H200, (3, 9), None)
+        planned, *others = candidates.candidates(Case(4096, vocab_size, "bfloat16"), H200, (3, 9), None)
         held = [plan for plan in others if plan.kernel == SINGLE_PASS]
         ranks = ranking.ranked(SM_90, [planned, *held], vocab_size, 2)
         assert ranks.index(planned) <= 1
@@ -259,7 +260,7 @@ def test_planned_work_is_what_the_sweep_runs(monkeypatch, tmp_path):
     timed = []
 
     def note(inputs, gradient, plan, stopwatch, limit):
-        timed.append(((inputs.rows, inputs.vocab_size), plan))
+        timed.append((tuple(inputs.logits.shape[1:]), plan))
         return outcome()
 
     monkeypatch.setattr(sweep, "time_candidate", note)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -325,20 +326,22 @@ class TestExitStatus:
 
 
 class TestOutput:
-    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path):
-        path = tmp_path / "folder" / "numbers.txt"
-        report.write_atomically(path, lambda temporary: temporary.write_text("old"))
+    def test_a_failed_write_leaves_the_old_file_and_nothing_else(self, tmp_path, monkeypatch):
+        path = tmp_path / "folder" / "numbers.json"
+        report.save_json(path, {"nll": 1})
+        before = path.read_text()
 
-        def fail_half_way(temporary):
-            temporary.write_text("ha")
+        def fail_half_way(file):
             raise OSError("disk full")
 
-        with pytest.raises(OSError, match="disk full"):
-            report.write_atomically(path, fail_half_way)
-        assert path.read_text() == "old"
+        with monkeypatch.context() as full_disk:
+            full_disk.setattr(os, "fsync", fail_half_way)
+            with pytest.raises(OSError, match="disk full"):
+                report.save_json(path, {"nll": 2})
+        assert path.read_text() == before
         assert list(path.parent.iterdir()) == [path]
-        report.write_atomically(path, lambda temporary: temporary.write_text("new"))
-        assert path.read_text() == "new"
+        report.save_json(path, {"nll": 3})
+        assert json.loads(path.read_text()) == {"nll": 3}
         assert list(path.parent.iterdir()) == [path]
 
     def test_json_keeps_the_numbers_and_refuses_nan(self, tmp_path):

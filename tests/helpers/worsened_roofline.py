@@ -1,12 +1,16 @@
-"""Runs the roofline on a kernel that was made worse on purpose.
+"""Runs the roofline on kernels that were made worse on purpose.
 
-A program of its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled:
+A program of its own, because kernels that were imported under TRITON_INTERPRET=1 cannot be compiled. Each worsening
+gets a copy of this process, since Triton compiles a kernel that it knows only once; what it prints goes to
+FOLDER/WORSENING, and the last line of that is the exit status.
 
-    TRITON_INTERPRET=0 python tests/helpers/worsened_roofline.py WORSENING [ARGUMENTS OF THE ROOFLINE]
+    TRITON_INTERPRET=0 python tests/helpers/worsened_roofline.py FOLDER [ARGUMENTS OF THE ROOFLINE]
 """
 
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -55,8 +59,25 @@ def unknown_walks():
     del walks.KERNEL_WALKS["slice_rows_kernel"]
 
 
+def run_worsened(worsen, path, arguments):
+    """In a copy of this process."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    with open(path, "w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        try:
+            worsen()
+            status = roofline.main(arguments)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            status = "an exception"
+        print(status, flush=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    {f.__name__: f for f in (more_instructions, narrow_accesses, spills, another_disassembler, unknown_walks)}[
-        sys.argv[1]
-    ]()
-    sys.exit(roofline.main(sys.argv[2:]))
+    folder, *arguments = sys.argv[1:]
+    for worsening in (more_instructions, narrow_accesses, spills, another_disassembler, unknown_walks):
+        run_worsened(worsening, Path(folder, worsening.__name__), arguments)
