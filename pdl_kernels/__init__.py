@@ -10,8 +10,7 @@ if version_tuple(torch.__version__) < MINIMUM_TORCH:
     raise ImportError(f"pdl_kernels needs torch >= {dotted(MINIMUM_TORCH)}, and torch {torch.__version__} is installed")
 
 from pdl_kernels.data.tokenizers import special_token_ids
-from pdl_kernels.losses.functional import pdl_cross_entropy
-from pdl_kernels.losses.linear import pdl_linear_cross_entropy
+from pdl_kernels.losses.functional import pdl_cross_entropy, pdl_linear_cross_entropy
 from pdl_kernels.losses.modules import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss
 from pdl_kernels.options import LossStats
 from pdl_kernels.weights.calibration import calibration_bias

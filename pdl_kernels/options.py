@@ -1,11 +1,188 @@
-"""The options of the loss and the tensors that travel between its layers."""
+"""Every option of the losses, declared once; and the tensors that travel between layers.
 
-from typing import NamedTuple
+An option's name, type, default, range and one line of help stand in `LossOptions`, `LinearOptions` or `CallOptions`.
+Checks, error messages, operators, modules and the table in docs/loss.md follow from there. What users read and
+editors show, the signatures and `LossKeywords`, says it again, and a test compares the two.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 REDUCTIONS = ("mean", "token_mean", "sum", "none")
+BACKENDS = ("auto", "triton", "eager")
+ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST = sys.float_info.max
+SMALLEST = 5e-324  # above 0
+BELOW_ONE = 1 - 2**-53
+FLOAT32 = torch.finfo(torch.float32)
+SCHEMA_TYPES = {int: "int", float: "float", str: "str", bool: "bool", torch.dtype: "ScalarType"}
+
+
+class Option(NamedTuple):
+    """What is declared of an option beside its name, type and default."""
+
+    help: str  # one line
+    accepted: str = ""  # ends every error message about it; empty: anything that is true or false
+    low: float = -LARGEST
+    high: float = LARGEST
+    of: Callable[[Any], Any] | None = None  # what of the value lies between them; None: the value
+    choices: tuple[Any, ...] | None = None  # instead of a range
+
+
+class Declared(NamedTuple):
+    """One option with everything that is declared of it."""
+
+    name: str
+    kind: type  # float takes integers too
+    default: Any
+    optional: bool  # None is accepted
+    takes_tensor: bool  # a 0-d tensor is accepted
+    option: Option
+
+    @property
+    def schema(self) -> str:
+        """As an argument of an operator that torch knows."""
+        return f"{SCHEMA_TYPES[self.kind]}{'?' if self.optional else ''} {self.name}"
+
+
+def declared_by(options: type) -> tuple[Declared, ...]:
+    """The options that this named tuple declares, in its order."""
+    found = []
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        annotation, option = get_args(hint)
+        kinds = get_args(annotation) if get_origin(annotation) else (annotation,)
+        kind = next(kind for kind in kinds if kind not in (Tensor, type(None)))
+        default = options._field_defaults[name]  # type: ignore[attr-defined]
+        found.append(Declared(name, kind, default, type(None) in kinds, Tensor in kinds, option))
+    return tuple(found)
+
+
+class LossOptions(NamedTuple):
+    """The options that change the numbers of both losses."""
+
+    ignore_index: Annotated[
+        int,
+        Option("targets of this value contribute exactly 0", "an integer of 64 bits", low=-(2**63), high=2**63 - 1),
+    ] = -100
+    reduction: Annotated[
+        str,
+        Option(
+            "what the loss is divided by; 'none' gives one loss per token",
+            "'mean', 'token_mean', 'sum' or 'none'",
+            choices=REDUCTIONS,
+        ),
+    ] = "mean"
+    label_smoothing: Annotated[
+        float, Option("torch's: its term uses every class's weight", "a number from 0 to 1", low=0, high=1)
+    ] = 0.0
+    z_loss: Annotated[
+        float, Option("adds this times |u_i| lse_i**2, whatever the weights", "a finite number >= 0", low=0)
+    ] = 0.0
+    softcap: Annotated[
+        float | None,
+        Option(
+            "softcap * tanh(z / softcap), applied after logit_scale",
+            "a finite number > 0, or None for no cap",
+            low=SMALLEST,
+        ),
+    ] = None
+    logit_scale: Annotated[float, Option("multiplies the logits, in float32", "a finite number > 0", low=SMALLEST)] = (
+        1.0
+    )
+    return_stats: Annotated[bool, Option("also return LossStats: what to log beside a weighted loss")] = False
+
+
+class LinearOptions(NamedTuple):
+    """What `pdl_linear_cross_entropy` takes beyond `LossOptions`."""
+
+    chunk_size: Annotated[
+        int | None,
+        Option("tokens whose logits exist at a time; None chooses", "an integer >= 1 (tokens), or None", low=1),
+    ] = None
+    accumulate_dtype: Annotated[
+        torch.dtype,
+        Option(
+            "dtype in which the gradients of chunks are added up",
+            f"one of {', '.join(map(str, ACCUMULATE_DTYPES))}",
+            choices=ACCUMULATE_DTYPES,
+        ),
+    ] = torch.float32
+    compact: Annotated[
+        bool | None,
+        Option(
+            "leave tokens that contribute nothing out of the products", "True, False or None", choices=(True, False)
+        ),
+    ] = None
+    row_sampling: Annotated[
+        float,
+        Option(
+            "share of the row factors whose rows are sampled in backward",
+            "a number >= 0 and < 1",
+            low=0,
+            high=BELOW_ONE,
+        ),
+    ] = 0.0
+
+
+class CallOptions(NamedTuple):
+    """What a call is given beside the options that change its numbers; not every one of them fits either loss."""
+
+    normalizer: Annotated[
+        float | Tensor | None,
+        Option("the one denominator of everything; only with 'mean'", "a finite number >= 0 or a 0-d tensor", low=0),
+    ] = None
+    expected_upstream: Annotated[
+        float | Tensor,
+        Option(
+            "what the loss will be multiplied by before its backward",
+            "a finite number other than 0, in float32's range, or a 0-d tensor",
+            low=FLOAT32.smallest_normal,  # kernels divide by it
+            high=FLOAT32.max,
+            of=abs,
+        ),
+    ] = 1.0
+    inplace: Annotated[bool, Option("the gradient may overwrite the logits")] = False
+    backend: Annotated[str, Option("which implementation runs", "'auto', 'triton' or 'eager'", choices=BACKENDS)] = (
+        "auto"
+    )
+
+
+DECLARED: dict[type, tuple[Declared, ...]] = {
+    options: declared_by(options) for options in (LossOptions, LinearOptions, CallOptions)
+}
+
+
+class LossKeywords(TypedDict, total=False):
+    """The keywords that both losses and both modules take, for type checkers and editors."""
+
+    ignore_index: int
+    reduction: str
+    normalizer: float | Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    expected_upstream: float | Tensor
+    backend: str
+
+
+class CrossEntropyKeywords(LossKeywords, total=False):
+    """Those of the loss on logits."""
+
+    inplace: bool
+
+
+class LinearKeywords(LossKeywords, total=False):
+    """Those of the loss fused with the output projection."""
+
+    chunk_size: int | None
+    accumulate_dtype: torch.dtype
+    compact: bool | None
+    row_sampling: float
 
 
 class LossStats(NamedTuple):
@@ -26,44 +203,15 @@ class LossStats(NamedTuple):
     token_count: Tensor
 
 
-class LossOptions(NamedTuple):
-    """The options of `pdl_cross_entropy` that change its numbers, already checked."""
-
-    ignore_index: int = -100
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    return_stats: bool = False
-
-
-class LinearOptions(NamedTuple):
-    """What `pdl_linear_cross_entropy` takes beyond `LossOptions`, already checked."""
-
-    chunk_size: int | None = None
-    accumulate_dtype: torch.dtype = torch.float32
-    compact: bool | None = None
-    row_sampling: float = 0.0
-
-
 class LossInputs(NamedTuple):
-    """The tensors of one call, as both backends take them (N = rows_outer * rows_inner)."""
+    """The tensors of one call: as users give them, and as both backends take them, with N = rows_outer * rows_inner."""
 
-    logits: Tensor  # (rows_outer, rows_inner, V), any strides
-    targets: Tensor  # (N,)
+    logits: Tensor  # (..., V); for backends (rows_outer, rows_inner, V); any strides
+    targets: Tensor  # (...); for backends (N,)
     weights: Tensor | None  # (V,)
-    token_weights: Tensor | None  # (N,)
-    normalizer: Tensor | float | None = None  # (), on the logits' device
-    expected_upstream: Tensor | float = 1.0  # (), on the logits' device; a number is finite and not 0
-
-    @property
-    def rows(self) -> int:
-        return self.targets.numel()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.logits.shape[-1]
+    token_weights: Tensor | None  # (...); for backends (N,)
+    normalizer: Tensor | float | None = None  # 0-d; for backends on the logits' device
+    expected_upstream: Tensor | float = 1.0  # 0-d; for backends on the logits' device
 
 
 class RowOutputs(NamedTuple):
@@ -84,7 +232,7 @@ class LossOutputs(NamedTuple):
 
 
 class LinearInputs(NamedTuple):
-    """The tensors of one call of the loss fused with the output projection."""
+    """The tensors of one call of the loss fused with the output projection. The parameters come first."""
 
     hidden: Tensor  # (..., H)
     lm_head_weight: Tensor  # (V, H)
@@ -92,7 +240,14 @@ class LinearInputs(NamedTuple):
     targets: Tensor  # (...)
     weights: Tensor | None  # (V,)
     token_weights: Tensor | None  # (...)
-    seed: Tensor | None  # (), for row sampling
+    seed: Any  # a number or a 0-d tensor, for row sampling; None: torch draws it
+    normalizer: Tensor | float | None = None  # 0-d
+    expected_upstream: Tensor | float = 1.0  # 0-d
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the loss is differentiable in."""
+        return self.hidden, self.lm_head_weight, self.bias
 
 
 class LinearOutputs(NamedTuple):

@@ -16,9 +16,22 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from pdl_kernels.kernels import planner
+from pdl_kernels.kernels import planner, reductions
 from pdl_kernels.kernels import row_kernels as kernels
-from pdl_kernels.kernels.planner import VECTOR_BYTES, Device, RowLaunch, next_power_of_two, plan_rows
+from pdl_kernels.kernels.planner import (
+    COMPILE_OPTIONS,
+    VECTOR_BYTES,
+    Device,
+    Layout,
+    RowLaunch,
+    Variant,
+    fusion_options,
+    layout_of,
+    make_variant,
+    next_power_of_two,
+    plan_rows,
+    row_compile_options,
+)
 from pdl_kernels.kernels.single_pass import single_pass_rows_kernel
 from pdl_kernels.options import SCALARS, LossInputs, LossOptions, LossOutputs, RowOutputs
 
@@ -27,37 +40,11 @@ TRITON_VERSION = (int(_major), int(_minor))
 REDUCE_BLOCK = 2048  # rows per step of the single-program kernels
 INTERPRETER_MULTIPROCESSORS = 8  # stands in for a device, so that both one program per row and slices are exercised
 
-# exp, log and fused multiply-add are meant to fuse: said here because Triton's default changes with its version.
-COMPILE_OPTIONS = {"enable_fp_fusion": True}
-# A capped logit is a product. Where the compiler fuses it with the subtraction that follows, one of two equal logits is
-# rounded and the other is not, and exp(z - z) is not 1. What has to fuse says tl.fma.
-SOFTCAP_OPTIONS = {"enable_fp_fusion": False}
 REDUCE_OPTIONS = {"num_warps": 16, **COMPILE_OPTIONS}  # of the single-program kernels
 
 CLUSTERS_VARIABLE = "PDL_KERNELS_CLUSTERS"
 MAX_PLANS = 512  # kept; one takes a few kilobytes
 _NOTHING = nullcontext()
-
-
-class Variant(NamedTuple):
-    """Everything about a row kernel that is fixed at compilation."""
-
-    normalized: bool  # a denominator is applied
-    smoothing: bool
-    z_loss: bool
-    softcap: bool
-    scale: bool
-    stats: bool
-    layout: str  # of the logits: "aligned" (every row starts on 16 bytes), "head" (some do not), "any"
-    gradient_layout: str  # the same for the gradient; "head" means: aligned where the logits are
-    unit_stride: bool  # the vocabulary dimension has stride 1
-    edges: bool  # there may be columns outside the interior
-    vector: int  # columns in 16 bytes
-    lanes: int  # threads
-    unroll: int  # vectors per thread and step; in a row held on chip 1
-    chunks: int = 0  # of lanes * vector columns that hold a row on chip
-    full_chunks: int = 0  # of them, those that are inside every row
-    hold_exps: bool = False  # exponentials are held instead of logits
 
 
 class Plan(NamedTuple):
@@ -94,9 +81,9 @@ def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tens
     scalars = torch.empty(len(SCALARS), dtype=torch.float32, device=targets.device)
     token_count = scalars.new_empty(size=(), dtype=torch.int64)
     with on_device(scalars):
-        kernels.denominators_kernel[(1,)](
+        reductions.denominators_kernel[(1,)](
             targets, weights, token_weights, normalizer, expected_upstream, scalars, token_count,
-            inputs.rows, inputs.vocab_size, options.ignore_index,
+            len(targets), inputs.logits.shape[-1], options.ignore_index,
             options.reduction, isinstance(normalizer, float), isinstance(expected_upstream, float),
             options.label_smoothing > 0 and weights is not None, REDUCE_BLOCK,
             **REDUCE_OPTIONS,
@@ -109,7 +96,7 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
 
     `gradient` may be the logits themselves.
     """
-    rows = inputs.rows
+    rows = len(inputs.targets)
     stats = scalars.new_empty(2, rows) if options.return_stats else None
     outputs = RowOutputs(scalars.new_empty(rows), scalars.new_empty(2, rows), stats)
     if rows > 0:
@@ -128,7 +115,7 @@ def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_c
         return rows.loss
     loss = None if per_row else scalars.new_empty(size=())
     with on_device(scalars):
-        kernels.reduce_rows_kernel[(1,)](
+        reductions.reduce_rows_kernel[(1,)](
             rows.loss, rows.stats, scalars, token_count, loss, rows.loss.numel(), options.return_stats, REDUCE_BLOCK,
             **REDUCE_OPTIONS,
         )  # fmt: skip
@@ -151,7 +138,7 @@ def backward(
     if they are equal; they are compared on the device. One rounding either way, and float16 gradients that need loss
     scaling do not underflow before they are scaled.
     """
-    if inputs.rows > 0:
+    if len(inputs.targets) > 0:
         with on_device(inputs.logits):
             plan = gradient_plan(inputs, options, gradient)
             _launch_gradient_rows(plan, inputs, row_state, scalars, upstream, gradient, unless_expected=unless_expected)
@@ -163,7 +150,7 @@ def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
     rows = rows_outer * rows_inner
     if rows == 0:
         return
-    plan = _kept(_plan_gradient, gradient, rows, LossOptions(), None)[0]
+    plan = _kept(_plan_gradient, gradient, LossOptions(), None)[0]
     with on_device(gradient):
         kernels.scale_rows_kernel[(rows, plan.launch.slices)](
             gradient, upstream, scalars, rows_inner, V, *gradient.stride(), plan.launch.slice_tiles, plan.variant,
@@ -184,7 +171,7 @@ def _launch_loss_rows(
 ) -> None:
     logits, *row_tensors = inputs[:4]
     launch, variant, compile_options, shape, gradient_strides, numbers = plan
-    rows, slices = inputs.rows, launch.slices
+    rows, slices = len(inputs.targets), launch.slices
     if slices == 1:
         kernel = single_pass_rows_kernel if launch.kernel == planner.SINGLE_PASS else kernels.loss_rows_kernel
         kernel[(rows,)](
@@ -200,7 +187,7 @@ def _launch_loss_rows(
     kernels.merge_rows_kernel[(rows,)](
         logits, *row_tensors, scalars, slice_state, *outputs, *shape, *numbers, slices, next_power_of_two(slices),
         variant,
-        num_warps=1, **fusion_options(variant.softcap),
+        num_warps=1, **fusion_options(softcap=variant.softcap),
     )  # fmt: skip
     if gradient is not None:
         _launch_gradient_rows(plan, inputs, outputs.state, scalars, None, gradient)
@@ -218,7 +205,7 @@ def _launch_gradient_rows(
 ) -> None:
     launch, variant, compile_options, shape, gradient_strides, numbers = plan
     upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-    kernels.gradient_rows_kernel[(inputs.rows, launch.slices)](
+    kernels.gradient_rows_kernel[(len(inputs.targets), launch.slices)](
         inputs.logits, gradient, *inputs[1:4], scalars, row_state, upstream,
         upstream_stride, *shape, *gradient_strides, *numbers, launch.slice_tiles, unless_expected, variant,
         **compile_options,
@@ -267,7 +254,7 @@ def _compiled(plan: Plan, inputs: LossInputs, *arguments: Any) -> bool:
 
 def loss_plans(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> list[Plan]:
     """For the kernels that form losses and, where one is given, the gradient: best first."""
-    return _kept(_plan_loss, inputs.logits, inputs.rows, options, gradient)
+    return _kept(_plan_loss, inputs.logits, options, gradient)
 
 
 def gradient_plan(inputs: LossInputs, options: LossOptions, gradient: Tensor) -> Plan:
@@ -275,7 +262,7 @@ def gradient_plan(inputs: LossInputs, options: LossOptions, gradient: Tensor) ->
     # Statistics belong to forward: without them backward needs one variant fewer.
     if options.return_stats:
         options = options._replace(return_stats=False)
-    return _kept(_plan_gradient, inputs.logits, inputs.rows, options, gradient)[0]
+    return _kept(_plan_gradient, inputs.logits, options, gradient)[0]
 
 
 _plans: dict[tuple[Any, ...], list[Plan]] = {}
@@ -293,15 +280,13 @@ def planned_by(plan_loss: Callable[..., list[RowLaunch]]) -> Iterator[None]:
         _plan_loss_launches = before
 
 
-def _kept(
-    plan: Callable[..., list[Plan]], logits: Tensor, rows: int, options: LossOptions, gradient: Tensor | None
-) -> list[Plan]:
+def _kept(plan: Callable[..., list[Plan]], logits: Tensor, options: LossOptions, gradient: Tensor | None) -> list[Plan]:
     key = plan_key(plan, logits, options, gradient)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
-        found = _plans[key] = plan(logits, rows, options, gradient)
+        found = _plans[key] = plan(logits, options, gradient)
     return found
 
 
@@ -326,47 +311,54 @@ def clusters_wanted() -> bool | None:
     return None if value == "" else value == "1"
 
 
-def _plan_loss(logits: Tensor, rows: int, options: LossOptions, gradient: Tensor | None) -> list[Plan]:
-    device = device_of(logits.device)
+def _plan_loss(logits: Tensor, options: LossOptions, gradient: Tensor | None) -> list[Plan]:
+    device, layout = device_of(logits.device), layout_of(logits, gradient)
+    rows_outer, rows_inner, V = logits.shape
     launches = _plan_loss_launches(
-        rows,
-        logits.shape[-1],
+        rows_outer * rows_inner,
+        V,
         logits.element_size(),
         device,
         TRITON_VERSION,
         gradient=gradient is not None,
         smoothing=options.label_smoothing > 0,
-        transform=transforms(options),
+        transform=options.softcap is not None or options.logit_scale != 1,
         stats=options.return_stats,
         z_loss=options.z_loss > 0,
-        unit_stride=has_unit_stride(logits),
-        vectors=uses_vectors(logits, gradient),
-        head="head" in layouts(logits, gradient),
+        unit_stride=layout.unit_stride,
+        vectors=layout.vectors,
+        head=layout.logits == "head",
         clusters=clusters_wanted(),
     )
-    return [make_plan(logits, options, gradient, launch, device) for launch in launches]
+    plans = []
+    for launch in launches:
+        plans.append(make_plan(logits, options, gradient, layout, launch, device))
+    return plans
 
 
-def _plan_gradient(logits: Tensor, rows: int, options: LossOptions, gradient: Tensor | None) -> list[Plan]:
+def _plan_gradient(logits: Tensor, options: LossOptions, gradient: Tensor | None) -> list[Plan]:
     """One plan; without a gradient, for a finished one in the place of the logits."""
-    device = device_of(logits.device)
+    device, layout = device_of(logits.device), layout_of(logits, gradient)
+    rows_outer, rows_inner, V = logits.shape
     launch = plan_rows(
-        rows,
-        logits.shape[-1],
+        rows_outer * rows_inner,
+        V,
         logits.element_size(),
         device.multiprocessors,
         two_passes=False,
         smoothing=options.label_smoothing > 0,
-        unit_stride=has_unit_stride(logits),
-        vectors=uses_vectors(logits, gradient),
+        unit_stride=layout.unit_stride,
+        vectors=layout.vectors,
         warp_size=device.warp_size,
     )
-    return [make_plan(logits, options, gradient, launch, device)]
+    return [make_plan(logits, options, gradient, layout, launch, device)]
 
 
-def make_plan(logits: Tensor, options: LossOptions, gradient: Tensor | None, launch: RowLaunch, device: Device) -> Plan:
-    variant = make_variant(logits, options, gradient, launch)
+def make_plan(
+    logits: Tensor, options: LossOptions, gradient: Tensor | None, layout: Layout, launch: RowLaunch, device: Device
+) -> Plan:
     rows_outer, rows_inner, V = logits.shape
+    variant = make_variant(V, logits.element_size(), options, layout, launch)
     return Plan(
         launch,
         variant,
@@ -394,81 +386,3 @@ def device_of(device: torch.device) -> Device:
         properties.multi_processor_count, getattr(properties, "warp_size", 32), nvidia, capability,
         getattr(properties, "L2_cache_size", 0),
     )  # fmt: skip
-
-
-def row_alignment(tensor: Tensor) -> tuple[bool, bool]:
-    """(the storage starts on 16 bytes and the last stride is 1, every row starts on 16 bytes)."""
-    vector = VECTOR_BYTES // tensor.element_size()
-    based = tensor.data_ptr() % VECTOR_BYTES == 0 and has_unit_stride(tensor)
-    return based, based and all(stride % vector == 0 for stride in row_strides(tensor))
-
-
-def row_strides(tensor: Tensor) -> list[int]:
-    """The strides between rows that matter: those of dimensions with more than one entry."""
-    return [tensor.stride(d) for d in range(tensor.dim() - 1) if tensor.shape[d] > 1]
-
-
-def has_unit_stride(tensor: Tensor) -> bool:
-    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-
-
-def layouts(logits: Tensor, gradient: Tensor | None) -> tuple[str, str]:
-    """Variant.layout and Variant.gradient_layout."""
-    based, aligned = row_alignment(logits)
-    layout = "aligned" if aligned else "head" if based else "any"
-    if gradient is not None and layout != "any":
-        gradient_based, gradient_aligned = row_alignment(gradient)
-        if (aligned and gradient_aligned) or (gradient_based and row_strides(gradient) == row_strides(logits)):
-            return layout, layout
-    return layout, "any"
-
-
-def uses_vectors(logits: Tensor, gradient: Tensor | None) -> bool:
-    """Whether the logits, and the gradient where there is one, are accessed 16 bytes at a time."""
-    layout, gradient_layout = layouts(logits, gradient)
-    return layout != "any" and (gradient is None or gradient_layout != "any")
-
-
-def make_variant(logits: Tensor, options: LossOptions, gradient: Tensor | None, launch: RowLaunch) -> Variant:
-    """What to compile for (rows_outer, rows_inner, V) logits, a gradient of the same shape, and these options."""
-    layout, gradient_layout = layouts(logits, gradient)
-    vector = VECTOR_BYTES // logits.element_size()
-    return Variant(
-        normalized=options.reduction in ("mean", "token_mean"),
-        smoothing=options.label_smoothing > 0,
-        z_loss=options.z_loss > 0,
-        softcap=options.softcap is not None,
-        scale=options.logit_scale != 1,
-        stats=options.return_stats,
-        layout=layout,
-        gradient_layout=gradient_layout,
-        unit_stride=has_unit_stride(logits),
-        edges=layout == "head" or logits.shape[-1] % vector != 0,
-        vector=vector,
-        lanes=launch.lanes,
-        unroll=launch.unroll,
-        chunks=launch.chunks,
-        full_chunks=launch.full_chunks,
-        # float32 logits and exponentials take the same registers, and the second exponential is saved.
-        hold_exps=launch.chunks > 0 and vector == 4,
-    )
-
-
-def transforms(options: LossOptions) -> bool:
-    """Whether the loss sees other numbers than the logits."""
-    return options.softcap is not None or options.logit_scale != 1
-
-
-def row_compile_options(launch: RowLaunch, limits_registers: bool, *, softcap: bool = False) -> dict[str, Any]:
-    """Keyword arguments of a row kernel's launch.
-
-    Large programs name their limit: left alone, the assembler at times spills to fit more of them than were planned.
-    Small ones are better left alone, where a limit makes it use, and then spill, all it was given.
-    """
-    limit = {"maxnreg": launch.registers} if limits_registers and launch.registers else {}
-    cluster = {"num_ctas": launch.ctas} if launch.ctas > 1 else {}
-    return {"num_warps": launch.warps, **cluster, **limit, **fusion_options(softcap)}
-
-
-def fusion_options(softcap: bool) -> dict[str, Any]:
-    return SOFTCAP_OPTIONS if softcap else COMPILE_OPTIONS

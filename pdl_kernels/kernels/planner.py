@@ -1,6 +1,10 @@
-"""Which kernel runs, and in which shape: pure functions of sizes, the device and the Triton version."""
+"""Which kernel runs, in which shape, compiled how: pure functions of sizes, layout, options, device and Triton."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pdl_kernels.options import LossOptions
 
 VECTOR_BYTES = 16  # one load or store instruction of a thread
 MAX_SLICES = 64
@@ -46,6 +50,12 @@ EXTRA_REGISTERS = 9
 MANY_COLUMNS, EXTRA_FOR_MANY_COLUMNS = 160, 28
 EXTRA_IN_ONE_BLOCK = 24  # for z-loss with as many columns as one block can hold
 
+# exp, log and fused multiply-add are meant to fuse: said here because Triton's default changes with its version.
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
+# A capped logit is a product. Where the compiler fuses it with the subtraction that follows, one of two equal logits is
+# rounded and the other is not, and exp(z - z) is not 1. What has to fuse says tl.fma.
+SOFTCAP_OPTIONS = {"enable_fp_fusion": False}
+
 
 class Device(NamedTuple):
     """What the choices need to know of a device. benchmarks.roofline describes devices that are not there."""
@@ -55,6 +65,15 @@ class Device(NamedTuple):
     limits_registers: bool
     capability: tuple[int, int] = (0, 0)  # of NVIDIA devices
     cache_bytes: int = 0  # of the second level; 0: not known
+
+
+class Layout(NamedTuple):
+    """How the rows of the logits and of a gradient lie in memory. Without a gradient, its fields say "any"."""
+
+    logits: str  # "aligned": every row starts on 16 bytes; "head": some do not; "any"
+    gradient: str  # the same; "head" means: aligned where the logits are
+    unit_stride: bool  # the vocabulary dimension of the logits has stride 1
+    vectors: bool  # logits, and the gradient where there is one, are accessed 16 bytes at a time
 
 
 class RowLaunch(NamedTuple):
@@ -70,6 +89,50 @@ class RowLaunch(NamedTuple):
     ctas: int = 1  # blocks of threads that share a row
     chunks: int = 0  # of lanes vectors that hold a row on chip
     full_chunks: int = 0  # of them, those that lie inside every row, wherever its interior starts
+
+
+class Variant(NamedTuple):
+    """Everything about a row kernel that is fixed at compilation."""
+
+    normalized: bool  # a denominator is applied
+    smoothing: bool
+    z_loss: bool
+    softcap: bool
+    scale: bool
+    stats: bool
+    layout: str  # of the logits: "aligned" (every row starts on 16 bytes), "head" (some do not), "any"
+    gradient_layout: str  # the same for the gradient; "head" means: aligned where the logits are
+    unit_stride: bool  # the vocabulary dimension has stride 1
+    edges: bool  # there may be columns outside the interior
+    vector: int  # columns in 16 bytes
+    lanes: int  # threads
+    unroll: int  # vectors per thread and step; in a row held on chip 1
+    chunks: int = 0  # of lanes * vector columns that hold a row on chip
+    full_chunks: int = 0  # of them, those that are inside every row
+    hold_exps: bool = False  # exponentials are held instead of logits
+
+
+def layout_of(logits: Tensor, gradient: Tensor | None) -> Layout:
+    """How rows lie in (rows_outer, rows_inner, V) logits, and in a gradient of the same shape."""
+    based, aligned, strides = _alignment(logits)
+    unit_stride = logits.stride(-1) == 1 or logits.shape[-1] == 1
+    found = "aligned" if aligned else "head" if based else "any"
+    if gradient is None or found == "any":
+        return Layout(found, "any", unit_stride, found != "any" and gradient is None)
+    gradient_based, gradient_aligned, gradient_strides = _alignment(gradient)
+    alike = (aligned and gradient_aligned) or (gradient_based and gradient_strides == strides)
+    return Layout(found, found if alike else "any", unit_stride, alike)
+
+
+def _alignment(tensor: Tensor) -> tuple[bool, bool, tuple[int, int]]:
+    """(the storage starts on 16 bytes and the last stride is 1, every row starts on 16 bytes, strides between rows)."""
+    outer, inner, V = tensor.shape
+    stride_outer, stride_row, stride_column = tensor.stride()
+    # A dimension with one entry is not stepped through.
+    strides = (stride_outer if outer > 1 else 0, stride_row if inner > 1 else 0)
+    vector = VECTOR_BYTES // tensor.element_size()
+    based = tensor.data_ptr() % VECTOR_BYTES == 0 and (stride_column == 1 or V == 1)
+    return based, based and strides[0] % vector == 0 and strides[1] % vector == 0, strides
 
 
 def next_power_of_two(n: int) -> int:
@@ -249,3 +312,42 @@ def plan_rows(
     slices = -(-tiles // slice_tiles)
     kernel = SLICES if slices > 1 else TWO_PASSES
     return RowLaunch(kernel, warps * warp_size, unroll, warps, registers, slices, slice_tiles)
+
+
+def make_variant(vocab_size: int, itemsize: int, options: LossOptions, layout: Layout, launch: RowLaunch) -> Variant:
+    """What to compile for logits of this layout and these options."""
+    vector = VECTOR_BYTES // itemsize
+    return Variant(
+        normalized=options.reduction in ("mean", "token_mean"),
+        smoothing=options.label_smoothing > 0,
+        z_loss=options.z_loss > 0,
+        softcap=options.softcap is not None,
+        scale=options.logit_scale != 1,
+        stats=options.return_stats,
+        layout=layout.logits,
+        gradient_layout=layout.gradient,
+        unit_stride=layout.unit_stride,
+        edges=layout.logits == "head" or vocab_size % vector != 0,
+        vector=vector,
+        lanes=launch.lanes,
+        unroll=launch.unroll,
+        chunks=launch.chunks,
+        full_chunks=launch.full_chunks,
+        # float32 logits and exponentials take the same registers, and the second exponential is saved.
+        hold_exps=launch.chunks > 0 and vector == 4,
+    )
+
+
+def row_compile_options(launch: RowLaunch, limits_registers: bool, *, softcap: bool = False) -> dict[str, Any]:
+    """Keyword arguments of a row kernel's launch.
+
+    Large programs name their limit: left alone, the assembler at times spills to fit more of them than were planned.
+    Small ones are better left alone, where a limit makes it use, and then spill, all it was given.
+    """
+    limit = {"maxnreg": launch.registers} if limits_registers and launch.registers else {}
+    cluster = {"num_ctas": launch.ctas} if launch.ctas > 1 else {}
+    return {"num_warps": launch.warps, **cluster, **limit, **fusion_options(softcap=softcap)}
+
+
+def fusion_options(*, softcap: bool) -> dict[str, Any]:
+    return SOFTCAP_OPTIONS if softcap else COMPILE_OPTIONS

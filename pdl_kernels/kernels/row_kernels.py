@@ -1,12 +1,12 @@
-"""The kernels of the loss on logits.
+# mypy: ignore-errors
+# Triton's device code is typed by Triton, not by Python.
+"""The kernels that take rows of logits. Sums over all rows: see reductions.py.
 
-    denominators_kernel    1 program           1/D, 1/D_z, sum_j w_j, sum of weights, number of counted tokens
     loss_rows_kernel       a program per row   loss of the row, its maximum and sum, and the gradient if asked
     slice_rows_kernel      rows x slices       maximum and sum of a slice of a row, for few rows
     merge_rows_kernel      a program per row   slices -> loss of the row, its maximum and sum
     gradient_rows_kernel   rows x slices       the gradient from the saved maximum and sum, and an upstream gradient
     scale_rows_kernel      rows x slices       a finished gradient multiplied for another upstream gradient, in place
-    reduce_rows_kernel     1 program           losses of the rows -> loss, statistics
 
 Tensors, with N rows, V columns and S slices (all sums float32, all orders fixed: bitwise deterministic):
 
@@ -24,8 +24,10 @@ import triton
 import triton.language as tl
 
 from pdl_kernels.kernels.row_math import (
+    EXPECTED_UPSTREAM,
     LARGEST,
     LN2,
+    WEIGHT_TOTAL,
     contributes,
     exp_difference,
     row_factors,
@@ -35,6 +37,7 @@ from pdl_kernels.kernels.row_math import (
     with_upstream,
 )
 from pdl_kernels.kernels.tiles import (
+    UNSPECIALIZED,
     block_columns,
     column_offsets,
     edge_columns,
@@ -45,89 +48,6 @@ from pdl_kernels.kernels.tiles import (
     row_offset,
     slice_bounds,
 )
-
-# One compilation serves every number of rows: alignment comes from VARIANT, not from the values of these arguments.
-UNSPECIALIZED = (
-    "rows",
-    "rows_inner",
-    "stride_outer",
-    "stride_row",
-    "gradient_stride_outer",
-    "gradient_stride_row",
-    "upstream_stride",
-    "slice_tiles",
-    "slices",
-    "ignore_index",
-)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def denominators_kernel(
-    targets, weights, token_weights, normalizer, expected_upstream, scalars, token_count,
-    rows, V, ignore_index,
-    REDUCTION: tl.constexpr, NORMALIZER_IS_NUMBER: tl.constexpr, EXPECTED_IS_NUMBER: tl.constexpr,
-    SUM_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`normalizer` and `expected_upstream` are numbers, or pointers to one; `normalizer` may be None."""
-    index = tl.arange(0, BLOCK)
-    weight_sums = tl.zeros((BLOCK,), tl.float32)
-    magnitudes = tl.zeros((BLOCK,), tl.float32)
-    counts = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, rows, BLOCK):
-        row = start + index
-        exists = row < rows
-        y = tl.load(targets + row, mask=exists, other=0).to(tl.int64)
-        u = tl.full((BLOCK,), 1.0, tl.float32)
-        if token_weights is not None:
-            u = tl.abs(tl.load(token_weights + row, mask=exists, other=0.0).to(tl.float32))
-        counted = exists & (y != ignore_index) & (u != 0.0)
-        # A target that is no class must not reach the table; its row is nan, the other rows keep their denominator.
-        is_class = (y >= 0) & (y < V)
-        w_y = tl.full((BLOCK,), 1.0, tl.float32)
-        if weights is not None:
-            w_y = tl.load(weights + tl.where(is_class, y, 0), mask=counted & is_class, other=0.0).to(tl.float32)
-        weight_sums += tl.where(counted & is_class, w_y * u, 0.0)
-        magnitudes += tl.where(counted, u, 0.0)
-        counts += counted.to(tl.int32)
-    weight_sum = tl.sum(weight_sums)
-    magnitude = tl.sum(magnitudes)
-    count = tl.sum(counts.to(tl.int64))
-
-    denominator = weight_sum
-    denominator_z = magnitude
-    if REDUCTION == "token_mean":
-        denominator = count.to(tl.float32)
-    elif REDUCTION != "mean":
-        denominator = magnitude * 0.0 + 1.0
-        denominator_z = denominator
-    if normalizer is not None:
-        if NORMALIZER_IS_NUMBER:
-            denominator = tl.full((), normalizer, tl.float32)
-        else:
-            denominator = tl.load(normalizer).to(tl.float32)
-        denominator_z = denominator
-    tl.store(scalars, tl.where(denominator == 0.0, 0.0, 1.0 / denominator))
-    tl.store(scalars + 1, tl.where(denominator_z == 0.0, 0.0, 1.0 / denominator_z))
-    tl.store(scalars + 3, 0.0)  # the statistics, unless reduce_rows_kernel fills them in
-    tl.store(scalars + 4, 0.0)
-    tl.store(scalars + 5, weight_sum)
-    if EXPECTED_IS_NUMBER:
-        expected = tl.full((), expected_upstream, tl.float32)
-    else:
-        expected = tl.load(expected_upstream).to(tl.float32)
-    # Neither 0 nor so small that dividing by it overflows, nor infinite, nor nan.
-    usable = (tl.abs(expected) >= 1.1754943508222875e-38) & (tl.abs(expected) < float("inf"))
-    tl.store(scalars + 6, tl.where(usable, expected, 1.0))
-    if token_count is not None:
-        tl.store(token_count, count)
-
-    weight_total = V * 1.0
-    if SUM_WEIGHTS:
-        totals = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, V, BLOCK):
-            totals += tl.load(weights + start + index, mask=start + index < V, other=0.0).to(tl.float32)
-        weight_total = tl.sum(totals)
-    tl.store(scalars + 2, weight_total)
 
 
 @triton.jit
@@ -203,15 +123,17 @@ def loss_rows_kernel(
         )
         smoothing = tl.full((), 0.0, tl.float32)
         if VARIANT.smoothing or gradient is not None:
-            weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
+            weight_total = tl.load(scalars + WEIGHT_TOTAL) if VARIANT.smoothing else 0.0
             expected_upstream = 1.0
             if gradient is not None:
-                expected_upstream = tl.load(scalars + 6)
+                expected_upstream = tl.load(scalars + EXPECTED_UPSTREAM)
             if active:
-                target, spread, z = with_upstream(target_factor, smoothing_factor, z_factor, expected_upstream, VARIANT)
+                target, uniform, z = with_upstream(
+                    target_factor, smoothing_factor, z_factor, expected_upstream, VARIANT
+                )
                 smoothing = row_gradient(
                     logits_row, interior, gradient_row, gradient_interior, head, columns, 0, columns, V, slice_index,
-                    y, x_y, w_y, row_max, row_sum, target, spread, z, weight_total, weights,
+                    y, x_y, w_y, row_max, row_sum, target, uniform, z, weight_total, weights,
                     stride_column, gradient_stride_column, logit_scale, softcap, VARIANT,
                 )  # fmt: skip
         store_row_results(
@@ -323,9 +245,9 @@ def gradient_rows_kernel(
     if upstream is not None:
         upstream_value = tl.load(upstream + row.to(tl.int64) * upstream_stride).to(tl.float32)
     else:
-        upstream_value = tl.load(scalars + 6)
+        upstream_value = tl.load(scalars + EXPECTED_UPSTREAM)
     if UNLESS_EXPECTED:
-        if upstream_value == tl.load(scalars + 6):
+        if upstream_value == tl.load(scalars + EXPECTED_UPSTREAM):
             return
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
@@ -349,7 +271,7 @@ def gradient_rows_kernel(
         tl.debug_barrier()
         row_max = tl.load(row_state + row)
         row_sum = tl.load(row_state + rows + row)
-        weight_total = tl.load(scalars + 2) if VARIANT.smoothing else 0.0
+        weight_total = tl.load(scalars + WEIGHT_TOTAL) if VARIANT.smoothing else 0.0
         row_gradient(
             logits_row, interior, gradient_row, gradient_interior, head, columns, begin, end, V, slice_index,
             y, x_y, w_y, row_max, row_sum, target_factor, smoothing_factor, z_factor, weight_total, weights,
@@ -376,7 +298,7 @@ def scale_rows_kernel(
 ):  # fmt: skip
     """`gradient` was formed for the upstream gradient that `scalars` expects."""
     upstream_value = tl.load(upstream).to(tl.float32)
-    expected = tl.load(scalars + 6)
+    expected = tl.load(scalars + EXPECTED_UPSTREAM)
     if upstream_value == expected:
         return
     factor = tl.div_rn(upstream_value, expected)
@@ -397,26 +319,3 @@ def scale_rows_kernel(
         g = scaled_gradient(pointers, exists, factor)
         tl.debug_barrier()  # several threads have read each edge column, and one of them overwrites it
         tl.store(pointers, g.to(gradient.dtype.element_ty), mask=exists)
-
-
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def reduce_rows_kernel(row_loss, row_stats, scalars, token_count, loss, rows, STATS: tl.constexpr, BLOCK: tl.constexpr):
-    index = tl.arange(0, BLOCK)
-    losses = tl.zeros((BLOCK,), tl.float32)
-    nlls = tl.zeros((BLOCK,), tl.float32)
-    hits = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, rows, BLOCK):
-        row = start + index
-        exists = row < rows
-        if loss is not None:
-            losses += tl.load(row_loss + row, mask=exists, other=0.0)
-        if STATS:
-            nlls += tl.load(row_stats + row, mask=exists, other=0.0)
-            hits += tl.load(row_stats + rows + row, mask=exists, other=0.0)
-    if loss is not None:
-        tl.store(loss, tl.sum(losses))
-    if STATS:
-        count = tl.load(token_count).to(tl.float32)
-        inverse = tl.where(count == 0.0, 0.0, 1.0 / count)
-        tl.store(scalars + 3, tl.sum(nlls) * inverse)
-        tl.store(scalars + 4, tl.sum(hits) * inverse)

@@ -1,8 +1,11 @@
+# mypy: ignore-errors
+# Triton's device code is typed by Triton, not by Python.
 """The mathematics of one row, as device functions that every kernel shares. Tiles and blocks: see tiles.py."""
 
 import triton
 import triton.language as tl
 
+from pdl_kernels import options
 from pdl_kernels.kernels.tiles import (
     as_float32,
     block_columns,
@@ -15,6 +18,15 @@ from pdl_kernels.kernels.tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # the largest finite float32
+
+# Where LossOutputs.scalars holds what.
+INVERSE_DENOMINATOR = tl.constexpr(options.INVERSE_DENOMINATOR)
+INVERSE_Z_DENOMINATOR = tl.constexpr(options.INVERSE_Z_DENOMINATOR)
+WEIGHT_TOTAL = tl.constexpr(options.WEIGHT_TOTAL)
+NLL = tl.constexpr(options.NLL)
+ACCURACY = tl.constexpr(options.ACCURACY)
+WEIGHT_SUM = tl.constexpr(options.WEIGHT_SUM)
+EXPECTED_UPSTREAM = tl.constexpr(options.EXPECTED_UPSTREAM)
 
 
 @triton.jit
@@ -177,8 +189,8 @@ def row_factors(
     inverse = 1.0
     inverse_z = 1.0
     if VARIANT.normalized:
-        inverse = tl.load(scalars)
-        inverse_z = tl.load(scalars + 1)
+        inverse = tl.load(scalars + INVERSE_DENOMINATOR)
+        inverse_z = tl.load(scalars + INVERSE_Z_DENOMINATOR)
     u = tl.where(counted, token_weight, 0.0)
     target_factor = u * w_y
     smoothing_factor = 0.0
@@ -209,9 +221,15 @@ def contributes(target_factor, smoothing_factor, z_factor):
 
 
 @triton.jit
+def target_gradient(exp_y, row_sum, target_factor, common):
+    """dL/dz_y but for smoothing: p_y - 1 is formed in float32 from the sum without the target, and stored once."""
+    return (common * exp_y - target_factor * (row_sum - exp_y)) / row_sum
+
+
+@triton.jit
 def gradient_values(
     x, column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor, weights, logit_scale,
-    softcap, MASKED: tl.constexpr, VARIANT: tl.constexpr,
+    softcap, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """dL/dx of these columns but for the target's own term, and their share of sum_j w_j (lse - z_j)."""
     z = transformed(x, logit_scale, softcap, VARIANT)
@@ -246,7 +264,7 @@ def gradient_tile(
         exists = block_start + first < end
         g, block_smoothing = gradient_values(
             as_float32(blocks[step], VARIANT), head + block_start + columns, exists, reference, rate, shift, log_sum,
-            probability_scale, smoothing_factor, weights, logit_scale, softcap, MASKED, VARIANT,
+            probability_scale, smoothing_factor, weights, logit_scale, softcap, VARIANT,
         )  # fmt: skip
         smoothing += block_smoothing
         if gradient_interior is not None:
@@ -286,19 +304,19 @@ def row_gradient(
 ):  # fmt: skip
     """Write dL/dx of interior columns [begin, end) and, if asked, the edges; return sum_j w_j (lse - z_j) over them.
 
-    dL/dz_j = (target_factor + spread) p_j - smoothing_factor w_j - [j == y] target_factor,
-    spread = smoothing_factor sum_j w_j + 2 z_factor lse. Without a gradient to write only the sum is formed.
+    dL/dz_j = (target_factor + common) p_j - smoothing_factor w_j - [j == y] target_factor,
+    common = smoothing_factor sum_j w_j + 2 z_factor lse. Without a gradient to write only the sum is formed.
     """
     TILE: tl.constexpr = VARIANT.unroll * VARIANT.lanes * VARIANT.vector
     reference = transformed(row_max, logit_scale, softcap, VARIANT)
     log_sum = LN2 * tl.math.log2(row_sum)
-    spread = 0.0
+    common = 0.0
     if VARIANT.smoothing:
-        spread += smoothing_factor * weight_total
+        common += smoothing_factor * weight_total
     if VARIANT.z_loss:
-        spread += 2.0 * z_factor * (reference + log_sum)
+        common += 2.0 * z_factor * (reference + log_sum)
     rate, shift, correction = exp_terms(reference)
-    probability_scale = (target_factor + spread) / row_sum * correction
+    probability_scale = (target_factor + common) / row_sum * correction
 
     smoothing = tl.full((), 0.0, tl.float32)
     full_end = begin + (end - begin) // TILE * TILE
@@ -317,15 +335,14 @@ def row_gradient(
         x = tl.load(logits_row + column_offsets(column, stride_column, VARIANT), mask=exists, other=float("-inf"))
         g, edge_smoothing = gradient_values(
             x.to(tl.float32), column, exists, reference, rate, shift, log_sum, probability_scale, smoothing_factor,
-            weights, logit_scale, softcap, True, VARIANT,
+            weights, logit_scale, softcap, VARIANT,
         )  # fmt: skip
         smoothing += edge_smoothing
 
     if gradient_row is not None:
         z_y = transformed(x_y, logit_scale, softcap, VARIANT)
         exp_y = exp_difference(z_y, reference)
-        # p_y - 1 is formed in float32 from the sum without the target, and stored once.
-        g_y = (spread * exp_y - target_factor * (row_sum - exp_y)) / row_sum
+        g_y = target_gradient(exp_y, row_sum, target_factor, common)
         if VARIANT.smoothing:
             g_y -= smoothing_factor * w_y
         if VARIANT.softcap or VARIANT.scale:

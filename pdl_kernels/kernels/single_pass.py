@@ -17,8 +17,9 @@ not choose this kernel for them, and it has no branches for them.
 import triton
 import triton.language as tl
 
-from pdl_kernels.kernels.row_kernels import UNSPECIALIZED, store_row_results, store_unread_row
+from pdl_kernels.kernels.row_kernels import store_row_results, store_unread_row
 from pdl_kernels.kernels.row_math import (
+    EXPECTED_UPSTREAM,
     LARGEST,
     LN2,
     LOG2E,
@@ -26,9 +27,10 @@ from pdl_kernels.kernels.row_math import (
     exp_difference,
     exp_terms,
     row_factors,
+    target_gradient,
     with_upstream,
 )
-from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, interior_bounds, interior_pointer, row_offset
+from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, UNSPECIALIZED, interior_bounds, interior_pointer, row_offset
 
 WARP_SIZE = tl.constexpr(32)  # NVIDIA's; the planner chooses this kernel nowhere else
 MINUS_INFINITY_HALVES = tl.constexpr(0xFC00FC00 - 2**32)  # two float16 in one int32
@@ -60,14 +62,14 @@ def merge(first, second):
 
 
 @triton.jit
-def spread(values, VARIANT: tl.constexpr):
+def for_columns(values, VARIANT: tl.constexpr):
     """(lanes,) -> (lanes * vector,): each thread's number for each of its columns."""
     columns = tl.broadcast_to(values[:, None], (VARIANT.lanes, VARIANT.vector))
     return tl.reshape(columns, (VARIANT.lanes * VARIANT.vector,))
 
 
 @triton.jit
-def half_spread(values, VARIANT: tl.constexpr):
+def for_words(values, VARIANT: tl.constexpr):
     """(lanes,) -> (lanes * vector / 2,): each thread's number for each of its words."""
     words = tl.broadcast_to(values[:, None], (VARIANT.lanes, VARIANT.vector // 2))
     return tl.reshape(words, (VARIANT.lanes * VARIANT.vector // 2,))
@@ -198,6 +200,104 @@ def store_chunk(gradient_interior, values, columns, CHUNK: tl.constexpr, VARIANT
         tl.store(pointers, values.to(gradient_interior.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def row_sums(chunks, edge_x, lane_max, dtype: tl.constexpr, VARIANT: tl.constexpr):
+    """(row's maximum, row's sum, each thread's maximum of its warp, its correction of exp_terms, held exponentials).
+
+    Every thread sums with the maximum of its warp; the row's numbers are exchanged once, over all warps.
+    """
+    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    warp_max = tl.max(warp_view(lane_max, VARIANT), 1)  # (warps,)
+    lane_reference = over_lanes(warp_max, VARIANT)
+    rate, shift, correction = exp_terms(lane_reference)
+    if VARIANT.hold_exps:
+        sixteen, upper_half = 16, -65536
+    else:
+        sixteen, upper_half = opaque_constants(lane_reference)
+        if VARIANT.vector == 8:
+            sixteen = for_words(sixteen, VARIANT)
+            upper_half = for_words(upper_half, VARIANT)
+    rates, shifts = for_columns(rate, VARIANT), for_columns(shift, VARIANT)
+    exps = ()
+    sums = tl.full((SIZE,), 0.0, tl.float32)
+    for chunk in tl.static_range(VARIANT.chunks):
+        x = chunk_values(chunks[chunk], sixteen, upper_half, dtype, VARIANT)
+        terms = tl.math.exp2(tl.fma(x, rates, -shifts))
+        if chunk == 0:
+            sums = terms
+        else:
+            sums += terms
+        if VARIANT.hold_exps:
+            exps = exps + (terms,)
+    lane_sum = tl.sum(lane_view(sums, VARIANT), 1) * correction
+    if VARIANT.edges:
+        lane_sum += exp_difference(edge_x, lane_reference)
+    warp_sum = tl.sum(warp_view(lane_sum, VARIANT), 1)
+    row_max, row_sum = unpacked(tl.reduce(packed(warp_max, warp_sum), 0, merge))
+    return row_max, row_sum, lane_reference, correction, exps
+
+
+@triton.jit
+def write_gradient(
+    gradient_row, gradient_interior, chunks, exps, edge, edge_exists, edge_x, head, columns, y, x_y,
+    lane_reference, correction, row_max, row_sum, sixteen, upper_half, gradient_factor, z_factor,
+    dtype: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    """Write dL/dx_j = (gradient_factor + common) p_j - [j == y] gradient_factor, with common = 2 z_factor lse."""
+    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    # The assembler moves no store over a barrier. Without any it takes up so many chunks at once that it spills.
+    MANY_CHUNKS: tl.constexpr = VARIANT.chunks > 25 and not VARIANT.hold_exps
+    common = 0.0
+    if VARIANT.z_loss:
+        common += 2.0 * z_factor * (row_max + LN2 * tl.math.log2(row_sum))
+    factor = (gradient_factor + common) / row_sum
+    row_rate, row_shift, row_correction = exp_terms(row_max)
+    if VARIANT.hold_exps:
+        scales = for_columns(factor * correction * exp_difference(lane_reference, row_max), VARIANT)
+    else:
+        scales = factor * row_correction
+    for chunk in tl.static_range(VARIANT.chunks):
+        if VARIANT.hold_exps:
+            terms = exps[chunk] * scales
+        else:
+            x = chunk_values(chunks[chunk], sixteen, upper_half, dtype, VARIANT)
+            terms = tl.math.exp2(tl.fma(x, row_rate, -row_shift)) * scales
+        store_chunk(gradient_interior, terms, columns, chunk, VARIANT)
+        if MANY_CHUNKS and chunk % 8 == 7:
+            tl.debug_barrier()
+
+    g_y = target_gradient(exp_difference(x_y, row_max), row_sum, gradient_factor, common)
+    # Written over the bulk store's value. No race: this store has the shape of the bulk stores and hence their layout,
+    # so that the thread that wrote the column in bulk writes it again, later in program order. A store by any other
+    # thread would need a barrier of the whole cluster.
+    column = y - head
+    if (column >= 0) & (column < columns):
+        target_chunk = column // SIZE * SIZE
+        index = tl.arange(0, SIZE)
+        values = tl.full((SIZE,), 0.0, tl.float32) + g_y
+        tl.store(
+            gradient_interior + target_chunk + index,
+            values.to(gradient_row.dtype.element_ty),
+            mask=index == column - target_chunk,
+        )
+    if VARIANT.edges:
+        edge_g = tl.math.exp2(tl.fma(edge_x, row_rate, -row_shift)) * (factor * row_correction)
+        edge_g = tl.where(edge == y, g_y, edge_g)
+        tl.store(gradient_row + edge, edge_g.to(gradient_row.dtype.element_ty), mask=edge_exists)
+
+
+@triton.jit
+def fill_chunks(gradient_row, gradient_interior, head, columns, V, value, VARIANT: tl.constexpr):
+    """Write `value` to the whole row."""
+    values = tl.full((VARIANT.lanes * VARIANT.vector,), 0.0, tl.float32) + value
+    for chunk in tl.static_range(VARIANT.chunks):
+        store_chunk(gradient_interior, values, columns, chunk, VARIANT)
+    if VARIANT.edges:
+        edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
+        edge_values = (tl.full((VARIANT.lanes,), 0.0, tl.float32) + value).to(gradient_row.dtype.element_ty)
+        tl.store(gradient_row + edge, edge_values, mask=edge_exists)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def single_pass_rows_kernel(
     logits, gradient, targets, weights, token_weights, scalars,
@@ -208,10 +308,6 @@ def single_pass_rows_kernel(
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     """The arguments and results of loss_rows_kernel with a gradient; both strides over columns are 1."""
-    SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
-    CHUNKS: tl.constexpr = VARIANT.chunks
-    # The assembler moves no store over a barrier. Without any it takes up so many chunks at once that it spills.
-    MANY_CHUNKS: tl.constexpr = CHUNKS > 25 and not VARIANT.hold_exps
     row = tl.program_id(0)
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
@@ -223,7 +319,7 @@ def single_pass_rows_kernel(
     y, _w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
         row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
     )
-    expected_upstream = tl.load(scalars + 6)
+    expected_upstream = tl.load(scalars + EXPECTED_UPSTREAM)
     active = contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0)
     read = active
     if VARIANT.stats:
@@ -234,94 +330,34 @@ def single_pass_rows_kernel(
         # the reduction, and no block writes before that exchange.
         x_y = tl.load(logits_row + y.to(tl.int64)).to(tl.float32)
         chunks = ()
-        for chunk in tl.static_range(CHUNKS):
+        for chunk in tl.static_range(VARIANT.chunks):
             chunks = chunks + (load_chunk(interior, columns, chunk, VARIANT),)
         # It starts at the lowest finite value and not at -inf, as in row_max_and_sum.
         lane_max = tl.maximum(lane_maxima(chunks, logits.dtype.element_ty, VARIANT), -LARGEST)  # (lanes,)
+        edge, edge_exists, edge_x = None, None, None
         if VARIANT.edges:
             edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
             edge_x = tl.load(logits_row + edge, mask=edge_exists, other=float("-inf")).to(tl.float32)
             lane_max = tl.maximum(lane_max, edge_x)
-
-        warp_max = tl.max(warp_view(lane_max, VARIANT), 1)  # (warps,)
-        lane_reference = over_lanes(warp_max, VARIANT)
-        rate, shift, correction = exp_terms(lane_reference)
-        if VARIANT.hold_exps:
-            sixteen, upper_half = 16, -65536
-        else:
-            sixteen, upper_half = opaque_constants(lane_reference)
-            if VARIANT.vector == 8:
-                sixteen = half_spread(sixteen, VARIANT)
-                upper_half = half_spread(upper_half, VARIANT)
-        rates, shifts = spread(rate, VARIANT), spread(shift, VARIANT)
-        index = tl.arange(0, SIZE)
-        held = ()
-        sums = tl.full((SIZE,), 0.0, tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            x = chunk_values(chunks[chunk], sixteen, upper_half, logits.dtype.element_ty, VARIANT)
-            terms = tl.math.exp2(tl.fma(x, rates, -shifts))
-            if chunk == 0:
-                sums = terms
-            else:
-                sums += terms
-            if VARIANT.hold_exps:
-                held = held + (terms,)
-        lane_sum = tl.sum(lane_view(sums, VARIANT), 1) * correction
-        if VARIANT.edges:
-            lane_sum += exp_difference(edge_x, lane_reference)
-
-        warp_sum = tl.sum(warp_view(lane_sum, VARIANT), 1)
-        row_max, row_sum = unpacked(tl.reduce(packed(warp_max, warp_sum), 0, merge))
+        row_max, row_sum, lane_reference, correction, exps = row_sums(
+            chunks, edge_x, lane_max, logits.dtype.element_ty, VARIANT
+        )
         row_sixteen, row_upper_half = opaque_constants(row_sum)
         # A row that holds +inf is nan throughout, as in torch, also where the maximum passed it over.
         row_sum = tl.where(row_sum == float("inf"), float("nan"), row_sum)
-        log_sum = LN2 * tl.math.log2(row_sum)
         writes = active
         if VARIANT.z_loss:
             # Always true, which the compiler cannot know: without a branch here it spills.
             writes = active & (rows > 0)
         if writes:
-            gradient_factor, smoothing_factor, z_gradient_factor = with_upstream(
+            gradient_factor, _none, z_gradient_factor = with_upstream(
                 target_factor, smoothing_factor, z_factor, expected_upstream, VARIANT
             )
-            common = 0.0  # what the z-loss adds to every column's factor
-            if VARIANT.z_loss:
-                common += 2.0 * z_gradient_factor * (row_max + log_sum)
-            factor = (gradient_factor + common) / row_sum
-            row_rate, row_shift, row_correction = exp_terms(row_max)
-            if VARIANT.hold_exps:
-                scales = spread(factor * correction * exp_difference(lane_reference, row_max), VARIANT)
-            else:
-                scales = factor * row_correction
-            for chunk in tl.static_range(CHUNKS):
-                if VARIANT.hold_exps:
-                    terms = held[chunk] * scales
-                else:
-                    x = chunk_values(chunks[chunk], row_sixteen, row_upper_half, logits.dtype.element_ty, VARIANT)
-                    terms = tl.math.exp2(tl.fma(x, row_rate, -row_shift)) * scales
-                store_chunk(gradient_interior, terms, columns, chunk, VARIANT)
-                if MANY_CHUNKS and chunk % 8 == 7:
-                    tl.debug_barrier()
-
-            exp_y = exp_difference(x_y, row_max)
-            # p_y - 1 is formed in float32 from the sum without the target, and stored once.
-            g_y = (common * exp_y - gradient_factor * (row_sum - exp_y)) / row_sum
-            # Written over the bulk store's value. No race: this store has the shape of the bulk stores and hence their
-            # layout, so that the thread that wrote the column in bulk writes it again, later in program order. A store
-            # by any other thread would need a barrier of the whole cluster.
-            column = y - head
-            if (column >= 0) & (column < columns):
-                target_chunk = column // SIZE * SIZE
-                values = tl.full((SIZE,), 0.0, tl.float32) + g_y
-                tl.store(
-                    gradient_interior + target_chunk + index,
-                    values.to(gradient.dtype.element_ty),
-                    mask=index == column - target_chunk,
-                )
-            if VARIANT.edges:
-                edge_g = tl.math.exp2(tl.fma(edge_x, row_rate, -row_shift)) * (factor * row_correction)
-                edge_g = tl.where(edge == y, g_y, edge_g)
-                tl.store(gradient_row + edge, edge_g.to(gradient.dtype.element_ty), mask=edge_exists)
+            write_gradient(
+                gradient_row, gradient_interior, chunks, exps, edge, edge_exists, edge_x, head, columns, y, x_y,
+                lane_reference, correction, row_max, row_sum, row_sixteen, row_upper_half,
+                gradient_factor, z_gradient_factor, logits.dtype.element_ty, VARIANT,
+            )  # fmt: skip
         store_row_results(
             row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
             target_factor, smoothing_factor, z_factor, 0.0, logit_scale, softcap, VARIANT,
@@ -330,10 +366,4 @@ def single_pass_rows_kernel(
         store_unread_row(row, rows, row_loss, row_state, row_stats, invalid, VARIANT)
     if active == 0:
         value = tl.where(invalid, float("nan"), 0.0)
-        values = tl.full((SIZE,), 0.0, tl.float32) + value
-        for chunk in tl.static_range(CHUNKS):
-            store_chunk(gradient_interior, values, columns, chunk, VARIANT)
-        if VARIANT.edges:
-            edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
-            edge_values = (tl.full((VARIANT.lanes,), 0.0, tl.float32) + value).to(gradient.dtype.element_ty)
-            tl.store(gradient_row + edge, edge_values, mask=edge_exists)
+        fill_chunks(gradient_row, gradient_interior, head, columns, V, value, VARIANT)

@@ -11,6 +11,19 @@ thread. All blocks have one shape and hence one layout: a column always belongs 
 import triton
 import triton.language as tl
 
+# One compilation serves every number of rows: alignment comes from VARIANT, not from the values of these arguments.
+UNSPECIALIZED = (
+    "rows",
+    "rows_inner",
+    "stride_outer",
+    "stride_row",
+    "gradient_stride_outer",
+    "gradient_stride_row",
+    "upstream_stride",
+    "slice_tiles",
+    "slices",
+    "ignore_index",
+)
 MINUS_INFINITY_PAIR = tl.constexpr(0xFF80FF80 - 2**32)  # two bfloat16 in one int32
 
 

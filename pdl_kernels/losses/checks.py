@@ -1,81 +1,120 @@
-"""Checks of what a user passes. Every error names the argument, what came, and what is accepted."""
+"""Every check of what a user passes. Errors name the argument, what came, and what is accepted."""
 
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pdl_kernels.backends import BACKENDS
-from pdl_kernels.options import REDUCTIONS, LossOptions
+from pdl_kernels.backends import autocast_dtype
+from pdl_kernels.options import (
+    DECLARED,
+    Declared,
+    LinearInputs,
+    LinearOptions,
+    LossInputs,
+    LossOptions,
+)
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int32, torch.int64)
-FLOAT32 = torch.finfo(torch.float32)
 TORCH_NAMES = {"weight": "weights", "target": "targets", "input": "logits"}
+KINDS = {int: int, float: Real, bool: bool}  # what stands for a declared type
 
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+Options = TypeVar("Options", bound=tuple[Any, ...])  # LossOptions, LinearOptions or CallOptions
 
 
 def check_names(function: str, unexpected: dict[str, Any]) -> None:
+    """TypeError for keywords that the function does not have."""
     for name in unexpected:
         hint = f"; torch's {name}= is called {TORCH_NAMES[name]}= here" if name in TORCH_NAMES else ""
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
-def _check_real(name: str, value: object, accepted: str) -> None:
-    if type(value) is float:  # the ordinary case; asking the abstract class takes longer than all other checks
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def check_options(options: Options) -> Options:
+    """The options, each in its declared type and range; TypeError or ValueError otherwise."""
+    checked: list[Any] = []
+    for declared, value in zip(DECLARED[type(options)], options, strict=True):
+        option = declared.option
+        given = not (value is None and declared.optional)
+        if given and type(value) is not declared.kind:
+            value = _of_kind(declared, value)
+        if option.choices is not None:
+            accepted = not given or value in option.choices
+        elif not given or isinstance(value, (bool, Tensor)):
+            accepted = True
+        else:
+            accepted = option.low <= (value if option.of is None else option.of(value)) <= option.high
+        if not accepted:
+            error = TypeError if declared.kind is torch.dtype else ValueError
+            raise error(f"{declared.name} is {value!r}; accepted is {option.accepted}")
+        if given and declared.kind is float and type(value) is not float and not declared.takes_tensor:
+            value = float(value)
+        checked.append(value)
+    return type(options)(*checked)
+
+
+def _of_kind(declared: Declared, value: Any) -> Any:
+    """A value of another type than the declared one, where it may stand for it; TypeError otherwise."""
+    if not declared.option.accepted:
+        return bool(value)
+    if declared.kind in (str, torch.dtype):
+        return value  # any other value is none of the choices
+    if declared.takes_tensor and isinstance(value, Tensor):
+        _check_scalar(declared.name, value)
+    elif isinstance(value, bool) or not isinstance(value, KINDS[declared.kind]):
+        raise TypeError(f"{declared.name} is a {type(value).__name__}; accepted is {declared.option.accepted}")
+    return value
+
+
+def _check_scalar(name: str, value: Tensor) -> None:
+    if value.dim() != 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted is a number or a 0-d tensor")
+    if value.is_complex():
+        raise TypeError(f"{name} is {value.dtype}; accepted are real dtypes")
+
+
+def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
+    """What its declaration does not say."""
+    if normalizer is None:
         return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is a {type(value).__name__}; accepted is {accepted}")
+    if reduction != "mean":
+        raise ValueError(f"normalizer is given with reduction={reduction!r}; accepted is reduction='mean' alone")
+    if isinstance(normalizer, Tensor) and normalizer.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("normalizer requires grad; accepted is one that does not: detach it")
 
 
-def check_options(
-    *,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    return_stats: bool,
-    backend: str,
-) -> LossOptions:
-    """The checked options; ValueError or TypeError otherwise."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is a {type(ignore_index).__name__}; accepted is an integer")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index is {ignore_index}; accepted are integers of 64 bits, signed")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction is {reduction!r}; accepted are {', '.join(map(repr, REDUCTIONS))}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; accepted are {', '.join(map(repr, BACKENDS))}")
-    _check_real("label_smoothing", label_smoothing, "a number from 0 to 1")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is {label_smoothing}; accepted are numbers from 0 to 1")
-    _check_real("z_loss", z_loss, "a finite number >= 0")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss is {z_loss}; accepted are finite numbers >= 0")
-    if softcap is not None:
-        _check_real("softcap", softcap, "a finite number > 0, or None")
-        if not 0 < softcap < math.inf:
-            raise ValueError(f"softcap is {softcap}; accepted are finite numbers > 0, or None for no cap")
-    _check_real("logit_scale", logit_scale, "a finite number > 0")
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale is {logit_scale}; accepted are finite numbers > 0")
-    return LossOptions(
-        ignore_index,
-        reduction,
-        float(label_smoothing),
-        float(z_loss),
-        None if softcap is None else float(softcap),
-        float(logit_scale),
-        bool(return_stats),
-    )
+def check_row_sampling(linear: LinearOptions, options: LossOptions) -> None:
+    """What it cannot be combined with."""
+    if linear.row_sampling > 0 and options.z_loss > 0:
+        raise ValueError(
+            f"row_sampling is {linear.row_sampling} with z_loss {options.z_loss}; accepted is one of them: a row's "
+            "z-loss does not shrink with its weight"
+        )
+    if linear.row_sampling > 0 and linear.compact is False:
+        raise ValueError("row_sampling needs to know how many rows it keeps; accepted are compact=None and True")
+
+
+def check_seed(seed: Any) -> None:
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.is_complex():
+            raise ValueError(f"seed has shape {tuple(seed.shape)}, {seed.dtype}; accepted is a number or a 0-d tensor")
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, Real) or not math.isfinite(seed)):
+        raise ValueError(f"seed is {seed!r}; accepted is a finite number or a 0-d tensor")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -83,8 +122,9 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; accepted is a torch.Tensor")
 
 
-def check_tensors(logits: Tensor, targets: Tensor, weights: Tensor | None, token_weights: Tensor | None) -> None:
+def check_inputs(inputs: LossInputs) -> None:
     """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError."""
+    logits, targets, weights, token_weights, _, _ = inputs
     _check_tensor("logits", logits)
     _check_tensor("targets", targets)
     if logits.dtype not in LOGITS_DTYPES:
@@ -159,73 +199,70 @@ def _check_same_device(name: str, value: Tensor, owner_name: str, owner: Tensor)
         )
 
 
-def check_normalizer(
-    normalizer: float | Tensor | None, reduction: str, device: torch.device, *, traced: bool = False
-) -> Tensor | float | None:
-    """As a number, or as a 0-d tensor on `device`, without waiting for a device."""
-    if normalizer is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(f"normalizer is given with reduction={reduction!r}; accepted is reduction='mean' alone")
-    if isinstance(normalizer, Tensor):
-        if normalizer.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError("normalizer requires grad; accepted is one that does not: detach it")
-        _check_scalar("normalizer", normalizer)
-        return moved(normalizer, device) if traced else _scalar_on(device, normalizer)
-    _check_real("normalizer", normalizer, "a finite number >= 0 or a 0-d tensor")
-    if not 0 <= normalizer < math.inf:
-        raise ValueError(f"normalizer is {normalizer}; accepted are finite numbers >= 0")
-    return normalizer if traced else float(normalizer)  # an integer that is compiled may be a symbol
-
-
-def check_expected_upstream(value: float | Tensor, device: torch.device, *, traced: bool = False) -> Tensor | float:
-    """The expected upstream gradient as a number, or as a 0-d tensor on `device`, without waiting for a device.
-
-    If `traced`, 1: operators form the gradient in backward, whatever was expected.
-    """
-    if isinstance(value, Tensor):
-        _check_scalar("expected_upstream", value)
-        return 1.0 if traced else _scalar_on(device, value)
-    _check_real("expected_upstream", value, "a finite number other than 0 or a 0-d tensor")
-    if not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:  # kernels divide by it
-        raise ValueError(
-            f"expected_upstream is {value}; accepted are finite numbers other than 0, in float32's range: the number "
-            "that the loss is multiplied by before backward"
-        )
-    return 1.0 if traced else float(value)
-
-
-def _check_scalar(name: str, value: Tensor) -> None:
-    if value.dim() != 0:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted is a number or a 0-d tensor")
-    if value.is_complex():
-        raise TypeError(f"{name} is {value.dtype}; accepted are real dtypes")
-
-
-def _scalar_on(device: torch.device, value: Tensor) -> Tensor | float:
-    return float(value) if value.device.type == "cpu" and device.type != "cpu" else moved(value, device)
-
-
-def moved(value: Tensor, device: torch.device) -> Tensor:
-    """Detached and on `device`, which is not touched if the value is there: that of a fake tensor need not exist."""
-    value = value.detach()
-    return value if value.device == device else value.to(device)
-
-
-def check_inplace(logits: Tensor) -> None:
-    """ValueError where the gradient must not overwrite the logits."""
-    if logits.is_leaf:
-        raise ValueError("inplace=True with logits that are a leaf requiring grad; accepted are results of operations")
-    base = logits._base
-    if base is not None and base.is_leaf and base.requires_grad:
-        raise ValueError(
-            "inplace=True with logits that are a view of a leaf requiring grad; accepted are results of operations"
-        )
-    reach = 0  # elements between the first and the last one of the dimensions seen so far
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride <= reach:
+def check_linear_inputs(inputs: LinearInputs) -> None:
+    """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError."""
+    hidden, lm_head_weight, bias, targets, weights, token_weights, *_ = inputs
+    _check_parameter("lm_head_weight", lm_head_weight)
+    _check_tensor("hidden", hidden)
+    _check_tensor("targets", targets)
+    if hasattr(hidden, "device_mesh"):
+        raise TypeError("hidden is a DTensor; accepted is a plain tensor: .to_local() or .full_tensor()")
+    autocast = autocast_dtype(hidden.device) is not None
+    for name, value in (("hidden", hidden), ("lm_head_weight", lm_head_weight)):
+        if value.dtype not in LOGITS_DTYPES:
+            raise TypeError(f"{name} is {value.dtype}; accepted are {_names(LOGITS_DTYPES)}")
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
+        raise ValueError(f"lm_head_weight has shape {tuple(lm_head_weight.shape)}; accepted is (V, H) with V >= 1")
+    vocab_size, hidden_size = lm_head_weight.shape
+    if hidden.dim() == 0 or hidden.shape[-1] != hidden_size:
+        shapes = f"hidden has shape {tuple(hidden.shape)} and lm_head_weight {tuple(lm_head_weight.shape)}"
+        if hidden.dim() > 0 and hidden.shape[-1] == vocab_size:
             raise ValueError(
-                f"inplace=True with logits whose elements overlap in memory (shape {tuple(logits.shape)}, strides "
-                f"{logits.stride()}); accepted are tensors whose elements have memory of their own"
+                f"{shapes}, which is transposed; accepted is lm_head_weight of shape (V, H), as torch.nn.Linear has "
+                f"it, here (V, {vocab_size}): pass lm_head_weight.T"
             )
-        reach += max(size - 1, 0) * stride
+        raise ValueError(f"{shapes}; accepted is hidden of shape (..., {hidden_size})")
+    parameters = [("lm_head_weight", lm_head_weight)]
+    if bias is not None:
+        _check_parameter("bias", bias)
+        if bias.shape != (vocab_size,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; accepted is ({vocab_size},), one per class")
+        parameters.append(("bias", bias))
+    for name, value in parameters:
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device} and hidden on {hidden.device}; accepted is one device")
+        if value.dtype != hidden.dtype and (not autocast or torch.float64 in (value.dtype, hidden.dtype)):
+            raise TypeError(
+                f"{name} is {value.dtype} and hidden {hidden.dtype}; accepted is one dtype for all, or autocast"
+            )
+    check_target_dtype(targets)
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)} and hidden {tuple(hidden.shape)}; accepted are targets of "
+            f"shape {tuple(hidden.shape[:-1])}"
+        )
+    check_factors(targets, weights, token_weights, "hidden", hidden, vocab_size)
+
+
+def _check_parameter(name: str, value: Any) -> None:
+    if isinstance(value, torch.nn.Module):
+        wrapped = hasattr(value, "base_layer") or any("lora" in part for part, _ in value.named_modules())
+        hint = (
+            "it is wrapped by an adapter, whose share a plain weight would leave out: merge the adapter, or leave the "
+            "output layer out of its target modules and use pdl_cross_entropy on its logits"
+            if wrapped
+            else f"pass its tensor, module.{'bias' if name == 'bias' else 'weight'}"
+        )
+        raise TypeError(f"{name} is a {type(value).__name__} module; accepted is a torch.Tensor: {hint}")
+    _check_tensor(name, value)
+    if hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor; accepted is a plain tensor: gather it with .full_tensor(), which autograd follows, "
+            "or keep the output layer out of tensor and fully sharded parallelism"
+        )
+    if value.numel() == 0:
+        raise ValueError(
+            f"{name} has no elements (shape {tuple(value.shape)}), as ZeRO stage 3 and FSDP leave a sharded parameter; "
+            "gather it first, for example inside deepspeed.zero.GatheredParameters, or call the loss from the model's "
+            "forward"
+        )

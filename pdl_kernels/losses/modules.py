@@ -1,15 +1,53 @@
-"""nn.Module faces of the functions."""
+"""The losses as torch.nn modules."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from pdl_kernels.losses import checks, linear_checks
-from pdl_kernels.losses.functional import pdl_cross_entropy
-from pdl_kernels.losses.linear import pdl_linear_cross_entropy
-from pdl_kernels.options import LossStats
+from pdl_kernels.losses import checks
+from pdl_kernels.losses.functional import pdl_cross_entropy, pdl_linear_cross_entropy
+from pdl_kernels.options import (
+    CallOptions,
+    CrossEntropyKeywords,
+    LinearKeywords,
+    LinearOptions,
+    LossOptions,
+    LossStats,
+)
+
+PER_CALL = ("token_weights", "bias", "seed")  # given to `forward` alone
+
+
+def _takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Show these options in the signature of an `__init__`, fill in their defaults, and refuse other names."""
+    weights, *rest = (
+        parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name == "weights" or (parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in PER_CALL)
+    )
+    defaults = {parameter.name: parameter.default for parameter in rest}
+
+    def decorate(initialise: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(initialise)
+        def __init__(self: Any, weights: Tensor | None = None, **options: Any) -> None:  # noqa: N807
+            checks.check_names(type(self).__name__, {name: None for name in options if name not in defaults})
+            initialise(self, weights, **defaults | options)
+
+        self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        __init__.__signature__ = inspect.Signature([self_parameter, weights, *rest])  # type: ignore[attr-defined]
+        return __init__
+
+    return decorate
+
+
+def _check(kind: type, options: dict[str, Any]) -> Any:
+    """The options of this kind among all of them, checked."""
+    return checks.check_options(kind(**{name: options[name] for name in kind._fields if name in options}))  # type: ignore[attr-defined]
 
 
 class _WeightedLoss(nn.Module):
@@ -18,15 +56,16 @@ class _WeightedLoss(nn.Module):
     weights: Tensor | None
     options: dict[str, Any]
 
-    def __init__(self, weights: Tensor | None, normalizer: float | Tensor | None, options: dict[str, Any]) -> None:
+    def __init__(self, weights: Tensor | None, options: dict[str, Any]) -> None:
         super().__init__()
-        checks.check_normalizer(normalizer, options["reduction"], _home(normalizer))
-        checks.check_expected_upstream(options["expected_upstream"], _home(options["expected_upstream"]))
+        _check(LossOptions, options)
+        _check(CallOptions, options)
+        self.normalizer = options.pop("normalizer")
+        checks.check_normalizer(self.normalizer, options["reduction"])
         if weights is not None:
             checks.check_weight_table(weights)
             weights = weights.detach().to(torch.float32, copy=True)
         self.register_buffer("weights", weights, persistent=False)
-        self.normalizer = normalizer
         self.options = options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_WeightedLoss":
@@ -53,11 +92,6 @@ class _WeightedLoss(nn.Module):
         return ", ".join([f"weights={size}", *(f"{name}={value!r}" for name, value in self.options.items())])
 
 
-def _home(value: Any) -> torch.device:
-    """Where a check leaves it as it is."""
-    return value.device if isinstance(value, Tensor) else torch.device("cpu")
-
-
 class PDLCrossEntropyLoss(_WeightedLoss):
     """`pdl_cross_entropy` as a module that owns its weights.
 
@@ -76,38 +110,11 @@ class PDLCrossEntropyLoss(_WeightedLoss):
     6.3808
     """
 
+    @_takes_options_of(pdl_cross_entropy)
     def __init__(
-        self,
-        weights: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        normalizer: float | Tensor | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        expected_upstream: float | Tensor = 1.0,
-        inplace: bool = False,
-        return_stats: bool = False,
-        backend: str = "auto",
-        **unexpected: Any,
+        self, weights: Tensor | None = None, *, return_stats: bool = False, **options: Unpack[CrossEntropyKeywords]
     ) -> None:
-        checks.check_names("PDLCrossEntropyLoss", unexpected)
-        loss_options = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "return_stats": return_stats,
-            "backend": backend,
-        }
-        checks.check_options(**loss_options)  # type: ignore[arg-type]
-        super().__init__(
-            weights, normalizer, {**loss_options, "expected_upstream": expected_upstream, "inplace": inplace}
-        )
+        super().__init__(weights, {"return_stats": return_stats, **options})
 
     def forward(
         self,
@@ -140,48 +147,13 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
     torch.Size([])
     """
 
+    @_takes_options_of(pdl_linear_cross_entropy)
     def __init__(
-        self,
-        weights: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        normalizer: float | Tensor | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        expected_upstream: float | Tensor = 1.0,
-        return_stats: bool = False,
-        chunk_size: int | None = None,
-        accumulate_dtype: torch.dtype = torch.float32,
-        compact: bool | None = None,
-        row_sampling: float = 0.0,
-        backend: str = "auto",
-        **unexpected: Any,
+        self, weights: Tensor | None = None, *, return_stats: bool = False, **options: Unpack[LinearKeywords]
     ) -> None:
-        checks.check_names("PDLLinearCrossEntropyLoss", unexpected)
-        loss_options = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "return_stats": return_stats,
-            "backend": backend,
-        }
-        linear_options = {
-            "chunk_size": chunk_size,
-            "accumulate_dtype": accumulate_dtype,
-            "compact": compact,
-            "row_sampling": row_sampling,
-        }
-        checked = checks.check_options(**loss_options)  # type: ignore[arg-type]
-        linear_checks.check_linear_options(**linear_options, options=checked)
-        super().__init__(
-            weights, normalizer, {**loss_options, "expected_upstream": expected_upstream, **linear_options}
-        )
+        given = {"return_stats": return_stats, **options}
+        checks.check_row_sampling(_check(LinearOptions, given), _check(LossOptions, given))
+        super().__init__(weights, given)
 
     def forward(
         self,

@@ -6,6 +6,7 @@ weight, which are summed in `accumulate_dtype`.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,11 +17,11 @@ from pdl_kernels.backends import backend_module
 from pdl_kernels.ops.cross_entropy import check_targets
 from pdl_kernels.ops.products import add_product
 from pdl_kernels.ops.row_sampling import sample_rows
+from pdl_kernels.ops.row_selection import Rows, Sampling, choose_rows, contributing, differentiated, pack, row_factors
 from pdl_kernels.options import (
     EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,
     INVERSE_Z_DENOMINATOR,
-    WEIGHT_TOTAL,
     LinearInputs,
     LinearOptions,
     LinearOutputs,
@@ -41,6 +42,13 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     lm_head_weight: Tensor | None
     bias: Tensor | None
+
+
+class Waiting(NamedTuple):
+    """Gradients that wait for their upstream gradient, in the dtype in which they were added up."""
+
+    gradients: Gradients
+    positions: Tensor | None  # (M,) the tokens of the rows of gradients.hidden; None: all tokens, in their order
 
 
 def plan_chunk(rows: int, hidden_size: int, vocab_size: int, itemsize: int) -> int:
@@ -77,146 +85,129 @@ class Run:
         self.dtype = dtype
         self.needs = needs
         self.vocab_size, self.hidden_size = inputs.lm_head_weight.shape
-        wide = torch.promote_types(dtype, linear.accumulate_dtype)
-        self.accumulate_dtype = wide
+        self.accumulate_dtype = torch.promote_types(dtype, linear.accumulate_dtype)
+        self.hidden = inputs.hidden.detach().reshape(-1, self.hidden_size)  # (N, H)
         self.weight = inputs.lm_head_weight.detach().to(dtype)  # (V, H)
         self.bias = None if inputs.bias is None else inputs.bias.detach().to(dtype)  # (V,)
-        capturing = inputs.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-        self.compact = not capturing if linear.compact is None else linear.compact
-        if linear.row_sampling > 0 and (capturing or not self.compact):
-            raise RuntimeError(
-                "row_sampling needs to know how many rows it keeps; accepted are compact=None or True, and no CUDA "
-                "graph capture"
-            )
+        self.rows = inputs.targets.numel()
         # A stand-in for all logits, one element large: what is asked of it is shape, dtype and device.
-        rows = inputs.targets.numel()
-        nothing = torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(1, rows, self.vocab_size)
+        nothing = torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(1, self.rows, self.vocab_size)
         self.tokens = LossInputs(
             nothing,
             inputs.targets.reshape(-1).contiguous(),
             None if inputs.weights is None else inputs.weights.contiguous(),
             None if inputs.token_weights is None else inputs.token_weights.reshape(-1).contiguous(),
-            None,
+            inputs.normalizer,
+            inputs.expected_upstream,
         )
+        capturing = inputs.hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.compact = not capturing if linear.compact is None else linear.compact
+        self.sampling = None
+        if linear.row_sampling > 0:
+            if capturing or not self.compact:
+                raise RuntimeError(
+                    "row_sampling needs to know how many rows it keeps; accepted are compact=None or True, and no CUDA "
+                    "graph capture"
+                )
+            assert inputs.seed is not None
+            self.sampling = Sampling(linear.row_sampling, inputs.seed)
 
-    def forward(
-        self, normalizer: Tensor | float | None, expected_upstream: Tensor | float = 1.0
-    ) -> tuple[LinearOutputs, Gradients, Tensor | None]:
-        """The loss; the gradients for the expected upstream gradient, of the rows in the third result (None: all)."""
+    def forward(self) -> tuple[LinearOutputs, Waiting]:
+        """The loss, and the gradients for the expected upstream gradient."""
         check_targets(self.inputs.targets, self.vocab_size, self.options.ignore_index)
-        with torch.no_grad(), torch.autocast(self.inputs.hidden.device.type, enabled=False):
-            tokens = self.tokens._replace(normalizer=normalizer, expected_upstream=expected_upstream)
-            scalars, token_count = self.backend.denominators(tokens, self.options)
-            return self._forward(scalars, token_count)
+        with self._plain_arithmetic():
+            return self._pass(*self.backend.denominators(self.tokens, self.options))
 
-    def gradients_again(self, scalars: Tensor) -> tuple[Gradients, Tensor | None]:
+    def gradients_again(self, scalars: Tensor) -> Waiting:
         """The gradients of `forward` once more, from what it found."""
-        with torch.no_grad(), torch.autocast(self.inputs.hidden.device.type, enabled=False):
-            _, gradients, index = self._forward(scalars.clone(), scalars.new_zeros((), dtype=torch.int64))
-            return gradients, index
+        with self._plain_arithmetic():
+            return self._pass(scalars.clone(), scalars.new_zeros((), dtype=torch.int64))[1]
 
-    def _forward(self, scalars: Tensor, token_count: Tensor) -> tuple[LinearOutputs, Gradients, Tensor | None]:
+    def _pass(self, scalars: Tensor, token_count: Tensor) -> tuple[LinearOutputs, Waiting]:
+        """Choose rows, scale them, take them chunk by chunk, and put what was found in its place."""
         per_row = self.options.reduction == "none"
         forms_gradients = any(self.needs) and not per_row
-        contributing = self._contributing()
-        differentiated = self._differentiated(contributing)
-        scale, kept = None, differentiated if forms_gradients else contributing
-        if forms_gradients and self.linear.row_sampling > 0:
-            assert self.inputs.seed is not None
-            factors = torch.where(kept, self._row_factors(scalars), 0)
-            sample = sample_rows(factors, self.linear.row_sampling, self.inputs.seed)
-            scale, kept = sample.scale, sample.kept & kept
-        index, backward_rows = self._pack(contributing, kept)
-        tokens, hidden = self._take(index, contributing)
-        # Without packing, rows that only the statistics need are among those of the backward products.
-        only_read = None if self.compact or differentiated is contributing else contributing & ~differentiated
-        if scale is not None:
-            scale = scale if index is None else scale[index]
-            u = torch.ones_like(scale) if tokens.token_weights is None else tokens.token_weights
-            tokens = tokens._replace(token_weights=u * scale)
-
-        rows = tokens.rows
-        step = self.linear.chunk_size or plan_chunk(rows, self.hidden_size, self.vocab_size, self.dtype.itemsize)
-        range_factor = self._range_factor(scalars, tokens) if forms_gradients else None
-        row_options, row_scalars = self.options, scalars
+        rows = choose_rows(
+            self.tokens, self.options, scalars,
+            compact=self.compact, gradients=forms_gradients, sampling=self.sampling,
+        )  # fmt: skip
+        range_factor = self._range_factor(scalars) if forms_gradients else None
+        found, sums = self._run_chunks(rows, forms_gradients, *self._scaled_by(range_factor, scalars))
+        if rows.scale is not None:
+            found.loss.div_(rows.scale)  # the loss counts every row as it is
         if range_factor is not None:
-            row_options, row_scalars = self._scaled_by(range_factor, scalars)
-        total = RowOutputs(
-            scalars.new_empty(rows),
-            scalars.new_empty(2, rows),
-            scalars.new_empty(2, rows) if self.options.return_stats else None,
-        )
-        sums = _Sums(self, backward_rows if forms_gradients else 0)
-        for chunk, logits in self._chunks(hidden, step, (0, backward_rows, rows) if forms_gradients else (0, rows)):
-            with_gradient = forms_gradients and chunk.start < backward_rows
-            found = self.backend.loss_rows(
-                _rows_of(tokens, chunk, logits), row_options, row_scalars, logits if with_gradient else None
-            )
-            total.loss[chunk] = found.loss
-            total.state[:, chunk] = found.state
-            if total.stats is not None:
-                total.stats[:, chunk] = found.stats
-            if with_gradient:
-                rows_of_hidden = hidden[chunk]
-                if only_read is not None:
-                    rows_of_hidden = torch.where(only_read[chunk, None], 0, rows_of_hidden)
-                sums.add(chunk, logits[0], rows_of_hidden)
-        if scale is not None:
-            total.loss.div_(scale)  # the loss counts every row as it is
-        if range_factor is not None:
-            total.loss.div_(range_factor)
+            found.loss.div_(range_factor)
             sums.divide_by(range_factor)
-        if index is not None:
-            total = self._spread(total, index)
-        loss = self.backend.reduce_rows(total, self.options, scalars, token_count)
+        found = rows.among_all(found, self.rows)
+        loss = self.backend.reduce_rows(found, self.options, scalars, token_count)
         if per_row:
             loss = loss.view(self.inputs.targets.shape)
-        state = total.state if per_row else scalars.new_empty(2, 0)
-        index = index if index is None else index[:backward_rows]
-        return LinearOutputs(loss, state, scalars, token_count), sums.gradients, index
+        state = found.state if per_row else scalars.new_empty(2, 0)
+        positions = None if rows.positions is None else rows.positions[: rows.backward]
+        return LinearOutputs(loss, state, scalars, token_count), Waiting(sums.gradients, positions)
 
-    def backward_rows(self, upstream: Tensor, row_state: Tensor, scalars: Tensor) -> tuple[Gradients, Tensor | None]:
+    def _run_chunks(
+        self, rows: Rows, forms_gradients: bool, options: LossOptions, scalars: Tensor
+    ) -> tuple[RowOutputs, "_Sums"]:
+        """What is found for these rows, and the sums of their gradients."""
+        tokens, hidden = rows.take(self.tokens, self.hidden)
+        hidden = hidden.to(self.dtype)
+        end = tokens.targets.numel()
+        stats = scalars.new_empty(2, end) if options.return_stats else None
+        found = RowOutputs(scalars.new_empty(end), scalars.new_empty(2, end), stats)
+        backward_rows = rows.backward if forms_gradients else 0
+        sums = _Sums(self, backward_rows)
+        for chunk, logits in self._chunks(hidden, (0, backward_rows, end) if forms_gradients else (0, end)):
+            gradient = logits if chunk.start < backward_rows else None
+            part = self.backend.loss_rows(_rows_of(tokens, chunk, logits), options, scalars, gradient)
+            found.loss[chunk] = part.loss
+            found.state[:, chunk] = part.state
+            if found.stats is not None:
+                found.stats[:, chunk] = part.stats
+            if gradient is not None:
+                sums.add(chunk, gradient[0], rows.of_gradient(hidden, chunk))
+        return found, sums
+
+    def backward_rows(self, upstream: Tensor, row_state: Tensor, scalars: Tensor) -> Waiting:
         """The gradients of reduction "none" for an upstream gradient (N,) per row."""
-        with torch.no_grad(), torch.autocast(self.inputs.hidden.device.type, enabled=False):
+        with self._plain_arithmetic():
             upstream = upstream.reshape(-1)
-            kept = self._differentiated(self._contributing())
-            if self.linear.row_sampling > 0:
-                assert self.inputs.seed is not None
-                factors = torch.where(kept, self._row_factors(scalars) * upstream, 0)
-                sample = sample_rows(factors, self.linear.row_sampling, self.inputs.seed)
+            kept = differentiated(self.tokens, self.options, contributing(self.tokens, self.options))
+            if self.sampling is not None:
+                factors = row_factors(self.tokens, self.options, scalars) * upstream
+                sample = sample_rows(torch.where(kept, factors, 0), *self.sampling)
                 kept, upstream = kept & sample.kept, upstream * sample.scale
-            index, _ = self._pack(kept, kept)
-            tokens, hidden = self._take(index, kept)
-            if index is not None:
-                upstream, row_state = upstream[index], row_state[:, index]
-            rows = tokens.rows
-            step = self.linear.chunk_size or plan_chunk(rows, self.hidden_size, self.vocab_size, self.dtype.itemsize)
-            sums = _Sums(self, rows)
-            for chunk, logits in self._chunks(hidden, step, (0, rows)):
+            rows = Rows(*pack(kept, kept)) if self.compact else Rows(None, self.rows, unread=~kept)
+            tokens, hidden = rows.take(self.tokens, self.hidden)
+            hidden = hidden.to(self.dtype)
+            if rows.positions is not None:
+                upstream, row_state = upstream[rows.positions], row_state[:, rows.positions]
+            sums = _Sums(self, len(hidden))
+            for chunk, logits in self._chunks(hidden, (0, len(hidden))):
                 inputs = _rows_of(tokens, chunk, logits)
                 state = row_state[:, chunk].contiguous()
                 self.backend.backward(inputs, self.options, state, scalars, upstream[chunk], logits)
                 sums.add(chunk, logits[0], hidden[chunk])
-            return sums.gradients, index
+            return Waiting(sums.gradients, rows.positions)
 
-    def finish(
-        self, gradients: Gradients, index: Tensor | None, scalars: Tensor, upstream: Tensor | None
-    ) -> list[Tensor | None]:
+    def finish(self, waiting: Waiting, scalars: Tensor, upstream: Tensor | None) -> list[Tensor | None]:
         """Gradients in the parameters' dtypes and shapes, made right for the 0-d `upstream`. The input is used up.
 
         They were formed for the upstream gradient that `scalars` expects; None: they are right already.
         """
-        if index is not None and index.numel() == 0:
+        positions = waiting.positions
+        if positions is not None and positions.numel() == 0:
             upstream = None  # 0 * inf must not appear
         finished: list[Tensor | None] = []
-        for number, (gradient, parameter) in enumerate(zip(gradients, self.inputs[:3], strict=True)):
+        for gradient, parameter in zip(waiting.gradients, self.inputs.parameters, strict=True):
             if gradient is None or parameter is None:
                 finished.append(None)
                 continue
-            gradient = self._finish_one(gradient, parameter.dtype, scalars, upstream)
-            if number == 0 and index is not None:
-                zeros = gradient.new_zeros(self.tokens.rows, self.hidden_size)
-                gradient = zeros.index_copy_(0, index, gradient)
+            if gradient is waiting.gradients.hidden and positions is not None:
+                packed = self._finish_one(gradient, parameter.dtype, scalars, upstream)
+                gradient = packed.new_zeros(self.rows, self.hidden_size).index_copy_(0, positions, packed)
+            else:
+                gradient = self._finish_one(gradient, parameter.dtype, scalars, upstream)
             finished.append(gradient.reshape(parameter.shape))
         return finished
 
@@ -230,84 +221,12 @@ class Run:
             self.backend.scale(gradient.reshape(1, -1, gradient.shape[-1]), scalars, upstream)
         return gradient
 
-    # Rows
-
-    def _contributing(self) -> Tensor:
-        """(N,) bool: the rows that must be multiplied by the weight."""
-        tokens, options = self.tokens, self.options
-        y = tokens.targets.long()
-        counted = y != options.ignore_index
-        if tokens.token_weights is not None:
-            counted &= tokens.token_weights != 0
-        return counted if options.return_stats else self._differentiated(counted)
-
-    def _differentiated(self, rows: Tensor) -> Tensor:
-        """(N,) bool: those of `rows` whose gradient may differ from 0. `rows` itself where that is all of them."""
-        tokens, options = self.tokens, self.options
-        if tokens.weights is None or options.label_smoothing > 0 or options.z_loss > 0:
-            return rows
-        y = tokens.targets.long()
-        is_class = (y >= 0) & (y < self.vocab_size)
-        return rows & (~is_class | (tokens.weights[torch.where(is_class, y, 0)] != 0))
-
-    def _row_factors(self, scalars: Tensor) -> Tensor:
-        """(N,) u_i [(1 - s) w(y_i) + s / V sum_j w_j], without the denominator."""
-        tokens, s = self.tokens, self.options.label_smoothing
-        y = tokens.targets.long()
-        is_class = (y >= 0) & (y < self.vocab_size)
-        w = torch.ones(tokens.rows, dtype=scalars.dtype, device=scalars.device)
-        if tokens.weights is not None:
-            w = tokens.weights[torch.where(is_class, y, 0)].to(scalars.dtype)
-        factors = (1 - s) * w
-        if s > 0:
-            factors = factors + s / self.vocab_size * scalars[WEIGHT_TOTAL]
-        return factors if tokens.token_weights is None else factors * tokens.token_weights.to(scalars.dtype)
-
-    def _pack(self, contributing: Tensor, kept: Tensor) -> tuple[Tensor | None, int]:
-        """The contributing rows, those of the backward products first, and how many these are. None: all rows.
-
-        It reads two numbers back from the device, at once: how many rows contribute, and how many are kept.
-        """
-        rows = self.tokens.rows
-        if not self.compact:
-            return None, rows
-        kept_rows, contributing_rows = torch.stack([kept.sum(), contributing.sum()]).tolist()
-        if kept_rows == rows:
-            return None, rows
-        order = torch.where(kept, 0, torch.where(contributing, 1, 2)).argsort(stable=True)
-        return order[:contributing_rows], kept_rows
-
-    def _take(self, index: Tensor | None, kept: Tensor) -> tuple[LossInputs, Tensor]:
-        """The tokens and the (M, H) hidden states of the chosen rows."""
-        hidden = self.inputs.hidden.detach().reshape(-1, self.hidden_size)
-        tokens = self.tokens
-        if index is None:
-            if not self.compact:
-                # Rows that do not count may hold nan, which 0 * nan would carry into the weight's gradient.
-                hidden = torch.where(kept[:, None], hidden, 0)
-            return tokens, hidden.to(self.dtype)
-        return tokens._replace(
-            logits=tokens.logits[:, : index.numel()],
-            targets=tokens.targets[index],
-            token_weights=None if tokens.token_weights is None else tokens.token_weights[index],
-        ), hidden[index].to(self.dtype)
-
-    def _spread(self, packed: RowOutputs, index: Tensor) -> RowOutputs:
-        """The packed rows' results among all rows; 0 for the others."""
-        rows = self.tokens.rows
-        loss = packed.loss.new_zeros(rows).index_copy_(0, index, packed.loss)
-        state = packed.state.new_zeros(2, rows).index_copy_(1, index, packed.state)
-        stats = packed.stats
-        if stats is not None:
-            stats = stats.new_zeros(2, rows).index_copy_(1, index, stats)
-        return RowOutputs(loss, state, stats)
-
-    def _range_factor(self, scalars: Tensor, tokens: LossInputs) -> Tensor | None:
+    def _range_factor(self, scalars: Tensor) -> Tensor | None:
         """A power of two that brings float16 logit gradients near 1, where they do not underflow; None elsewhere."""
-        if self.dtype != torch.float16 or tokens.rows == 0:
+        if self.dtype != torch.float16 or self.rows == 0:
             return None
-        factors = self._row_factors(scalars)
-        counted = self._contributing()
+        factors = row_factors(self.tokens, self.options, scalars)
+        counted = contributing(self.tokens, self.options)
         divided = self.options.reduction != "sum"
         largest = torch.where(counted, factors, 0).abs().amax()
         if divided:
@@ -321,8 +240,10 @@ class Run:
         exponent = -torch.frexp(torch.where(usable, largest, 1)).exponent
         return torch.ldexp(torch.ones_like(largest), exponent.clamp(-100, 100))
 
-    def _scaled_by(self, factor: Tensor, scalars: Tensor) -> tuple[LossOptions, Tensor]:
+    def _scaled_by(self, factor: Tensor | None, scalars: Tensor) -> tuple[LossOptions, Tensor]:
         """Options and scalars with which the row kernels multiply every row by `factor`."""
+        if factor is None:
+            return self.options, scalars
         scaled = scalars.clone()
         if self.options.reduction == "sum":  # its kernels apply no denominator
             scaled[INVERSE_DENOMINATOR] = scaled[INVERSE_Z_DENOMINATOR] = factor
@@ -331,11 +252,12 @@ class Run:
             scaled[INVERSE_Z_DENOMINATOR] *= factor
         return self.options._replace(reduction="mean"), scaled
 
-    def _chunks(self, hidden: Tensor, step: int, bounds: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, hidden: Tensor, bounds: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk of rows and its (1, n, V) logits, in memory that the next chunk overwrites.
 
         `bounds` are rows at which a chunk must end.
         """
+        step = self.linear.chunk_size or plan_chunk(len(hidden), self.hidden_size, self.vocab_size, self.dtype.itemsize)
         vector = max(ALIGNMENT // self.dtype.itemsize, 1)
         longest = min(step, max(end - begin for begin, end in pairwise(bounds)))
         width = -(-self.vocab_size // vector) * vector
@@ -349,6 +271,12 @@ class Run:
                 else:
                     torch.addmm(self.bias, hidden[chunk], self.weight.T, out=logits)
                 yield chunk, logits.unsqueeze(0)
+
+    @contextmanager
+    def _plain_arithmetic(self) -> Iterator[None]:
+        """Neither recorded by autograd nor cast by autocast."""
+        with torch.no_grad(), torch.autocast(self.inputs.hidden.device.type, enabled=False):
+            yield
 
 
 class _Sums:

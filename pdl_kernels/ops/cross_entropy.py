@@ -1,89 +1,172 @@
 """The loss on logits as one differentiable operation: an autograd function, and operators for tensors that are traced.
 
-In eager mode the gradient is formed in forward, for the upstream gradient that the caller expects, and handed over by
-the first backward, which forms it again if the upstream gradient turns out to be another; in place, where nothing is
-left to form it from, it is multiplied. It is never touched again: `.grad` may share its storage. Every later backward
-starts from the saved logits. Where tensors are traced two functional operators do the same without mutation: forward
-returns the loss, backward forms the gradient from the logits.
+In eager mode forward also forms the gradient, for the upstream gradient that the caller expects, and the first backward
+hands it over. If the upstream gradient turns out to be another, backward forms the gradient again from the logits; in
+place, where the logits are gone, it multiplies it. Once handed over, the gradient is never touched again, because
+`.grad` may share its storage: every later backward starts from the saved logits. Where tensors are traced, two
+functional operators do the same without mutation: forward returns the loss, backward forms the gradient.
 """
 
+import math
 import os
-from typing import Any
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pdl_kernels.backends import backend_module, choose_backend
-from pdl_kernels.ops.tracing import number_as_tensor, refuse_transforms
-from pdl_kernels.ops.views import as_rows, empty_gradient, same_rows, share_storage
-from pdl_kernels.options import SCALARS, LossInputs, LossOptions, LossOutputs
+from pdl_kernels import backends
+from pdl_kernels.ops.double_backward import RefuseDoubleBackward, refuse
+from pdl_kernels.ops.inplace import refuse_inplace, share_storage
+from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
 
+NAME = "pdl_cross_entropy"
 VALIDATE_VARIABLE = "PDL_KERNELS_VALIDATE"
-DOUBLE_BACKWARD_MESSAGE = (
-    "pdl_cross_entropy cannot be differentiated twice: its gradient is formed by a kernel that autograd does not see; "
-    "for second derivatives use torch.nn.functional.cross_entropy"
-)
 
 
-def cross_entropy(
-    inputs: LossInputs,  # of any shape: logits (..., V), targets and token_weights (...)
-    options: LossOptions,
-    backend: str,
-    *,
-    inplace: bool = False,
-    traced: bool = False,  # see ops/tracing.py
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, differentiable in `logits`; with `return_stats` also LossOutputs.scalars and token_count."""
-    logits = inputs.logits
+def cross_entropy(inputs: LossInputs, options: LossOptions, backend: str, *, inplace: bool = False) -> LossOutputs:
+    """The loss of checked inputs, differentiable in the logits. The other outputs serve the statistics."""
+    logits, targets, weights, token_weights, normalizer, expected_upstream = inputs
+    traced = backends.is_traced(logits, targets, weights, token_weights)
+    if not torch.compiler.is_compiling():
+        backends.refuse_transforms(NAME, logits)
     if traced:
-        denominator = number_as_tensor(inputs.normalizer, logits)
-        loss, _, scalars, token_count = _forward_operator(*inputs[:4], denominator, *options, backend)
-        return loss, scalars, token_count
-    backend = choose_backend(backend, logits.device, logits.dtype)
-    if logits.requires_grad and torch.is_grad_enabled():
-        found = _CrossEntropy.apply(logits, inputs, options, backend, inplace)
-        return found if options.return_stats else (found, None, None)
-    outputs, _ = _run_forward(inputs, options, backend)
-    return outputs.loss, outputs.scalars, outputs.token_count
+        denominator = as_operand(normalizer, logits)
+        outputs = _forward_operator(logits, targets, weights, token_weights, denominator, *options, backend)
+        return LossOutputs(*outputs)
+    inputs = inputs._replace(
+        normalizer=on_device(normalizer, logits.device), expected_upstream=on_device(expected_upstream, logits.device)
+    )
+    call = _Call(inputs, options, _backend_of(backend, logits), inplace)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return _run_forward(call)[0]
+    if inplace:
+        refuse_inplace(logits)
+    loss = _CrossEntropy.apply(logits, call)
+    assert call.outputs is not None
+    return call.outputs._replace(loss=loss)
+
+
+def _backend_of(requested: str, logits: Tensor) -> ModuleType:
+    return backends.backend_module(backends.choose_backend(requested, logits.device, logits.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shapes, checks and calls that eager mode and the operators share
+# Eager mode
 
 
-def _as_rows(inputs: LossInputs) -> LossInputs:
-    """The same numbers as backends take them: logits (rows_outer, rows_inner, V), targets and token_weights (N,)."""
-    logits, targets, weights, token_weights, normalizer, expected_upstream = inputs
-    return LossInputs(
-        as_rows(logits.detach()),
-        _flat(targets),
-        None if weights is None else weights.contiguous(),
-        None if token_weights is None else _flat(token_weights),
-        normalizer,
-        expected_upstream,
-    )
+@dataclass
+class _Call:
+    """One call on its way through autograd, which itself passes nothing but tensors on."""
+
+    inputs: LossInputs  # of any shape
+    options: LossOptions
+    backend: ModuleType
+    inplace: bool
+    outputs: LossOutputs | None = None  # left here by forward
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1).contiguous()
+class _Kept(NamedTuple):
+    """What backward needs beside the tensors that autograd saves: right even if the logits have changed since."""
+
+    scalars: Tensor
+    row_state: Tensor
+    options: LossOptions
+    backend: ModuleType
 
 
-def _run_forward(
-    inputs: LossInputs, options: LossOptions, backend: str, *, with_gradient: bool = False, inplace: bool = False
-) -> tuple[LossOutputs, Tensor | None]:
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        # With "none" each row waits for its own upstream gradient.
+        outputs, gradient = _run_forward(call, with_gradient=call.options.reduction != "none")
+        call.outputs = outputs
+        ctx.kept = _Kept(outputs.scalars, outputs.row_state, call.options, call.backend)
+        ctx.inplace = gradient is call.inputs.logits
+        if ctx.inplace:
+            # Whoever saved the logits before this gets autograd's error. They are saved below, after the bump.
+            torch.autograd.graph.increment_version(logits)
+            ctx.handed_over = False
+            ctx.save_for_backward(logits)  # the gradient is in them, and no other tensor is needed
+        else:
+            ctx.gradient = gradient
+            ctx.save_for_backward(logits, call.inputs.targets, call.inputs.weights, call.inputs.token_weights)
+        ctx.set_materialize_grads(False)
+        return outputs.loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
+        if upstream is None:
+            return None, None
+        backends.refuse_transforms(f"the backward of {NAME}", upstream)
+        find = _gradient_in_place if ctx.inplace else _gradient
+        if not torch.is_grad_enabled():
+            return find(ctx, upstream), None
+        logits = ctx.saved_tensors[0]  # before the gradient is written into them in place, after which autograd refuses
+        with torch.no_grad():  # create_graph=True
+            gradient = find(ctx, upstream)
+        return RefuseDoubleBackward.apply(NAME, gradient, upstream, logits), None
+
+
+def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
+    gradient, ctx.gradient = ctx.gradient, None
+    scalars, row_state, options, backend = ctx.kept
+    if gradient is None:
+        return _run_backward(LossInputs(*ctx.saved_tensors), row_state, scalars, options, backend, upstream)
+    saved = _saved_unless_changed(ctx)
+    if saved is None:
+        backend.scale(as_rows(gradient), scalars, upstream)
+    else:
+        inputs = _as_rows(LossInputs(*saved))
+        logits, rows = same_rows(inputs.logits, gradient)
+        if logits is not inputs.logits:
+            inputs = inputs._replace(logits=logits)
+        backend.backward(inputs, options, row_state, scalars, upstream, rows, unless_expected=True)
+    return gradient
+
+
+def _saved_unless_changed(ctx: Any) -> tuple[Any, ...] | None:
+    """The saved tensors, or None if one was written to since forward, which the first backward allows."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" in str(error):
+            return None
+        raise
+
+
+def _gradient_in_place(ctx: Any, upstream: Tensor) -> Tensor:
+    if ctx.handed_over:
+        raise RuntimeError(
+            f"a second backward through {NAME}(..., inplace=True): the first one handed over the gradient that had "
+            "overwritten the logits, and nothing is left to form it from; use inplace=False"
+        )
+    gradient = ctx.saved_tensors[0].detach()  # raises if something has been written over the gradient
+    ctx.handed_over = True
+    rows = as_rows(gradient)  # a copy, where a hook on saved tensors returned other strides
+    ctx.kept.backend.scale(rows, ctx.kept.scalars, upstream)
+    return rows.reshape(gradient.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What eager mode and the operators share
+
+
+def _run_forward(call: _Call, *, with_gradient: bool = False) -> tuple[LossOutputs, Tensor | None]:
     """The loss, and if asked its gradient for the expected upstream gradient, (..., V).
 
-    With `inplace` the gradient is the logits themselves, unless they had to be copied.
+    In place the gradient is the logits themselves, unless they had to be copied.
     """
-    logits, targets = inputs.logits, inputs.targets
-    check_targets(targets, logits.shape[-1], options.ignore_index)
-    rows = _as_rows(inputs)
-    inplace = inplace and share_storage(rows.logits, logits)
+    logits, targets = call.inputs.logits, call.inputs.targets
+    check_targets(targets, logits.shape[-1], call.options.ignore_index)
+    rows = _as_rows(call.inputs)
+    inplace = call.inplace and share_storage(rows.logits, logits)
     gradient = None
     if with_gradient:
         gradient = rows.logits if inplace else empty_gradient(rows.logits)
-    outputs = backend_module(backend).forward(rows, options, gradient)
-    if options.reduction == "none":
+    outputs = call.backend.forward(rows, call.options, gradient)
+    if call.options.reduction == "none":
         outputs = outputs._replace(loss=outputs.loss.view(targets.shape))
     if gradient is not None:
         gradient = logits if inplace else gradient.reshape(logits.shape)
@@ -95,7 +178,7 @@ def _run_backward(
     row_state: Tensor,
     scalars: Tensor,
     options: LossOptions,
-    backend: str,
+    backend: ModuleType,
     upstream: Tensor,
     *,
     contiguous: bool = False,
@@ -104,7 +187,7 @@ def _run_backward(
     rows = _as_rows(inputs)
     gradient = empty_gradient(rows.logits, contiguous=contiguous)
     flat_upstream = upstream.reshape(-1) if options.reduction == "none" else upstream
-    backend_module(backend).backward(rows, options, row_state.contiguous(), scalars, flat_upstream, gradient)
+    backend.backward(rows, options, row_state.contiguous(), scalars, flat_upstream, gradient)
     return gradient.reshape(inputs.logits.shape)
 
 
@@ -138,153 +221,40 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Eager mode
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: LossInputs, options: LossOptions, backend: str, inplace: bool) -> Any:
-        outputs, gradient = _run_forward(
-            inputs, options, backend,
-            with_gradient=options.reduction != "none",  # there each row waits for its own upstream gradient
-            inplace=inplace,
-        )  # fmt: skip
-        ctx.inplace = gradient is inputs.logits
-        # Kept here and not saved: they say what `gradient` is even if the logits have changed.
-        ctx.kept = outputs.scalars, outputs.row_state, options, backend
-        if ctx.inplace:
-            # Whoever saved the logits before this gets autograd's error. They are saved below, after the bump.
-            torch.autograd.graph.increment_version(logits)
-            ctx.handed_over = False
-            ctx.save_for_backward(logits)  # the gradient is in them, and no other tensor is needed
-        else:
-            ctx.gradient = gradient
-            ctx.save_for_backward(logits, *inputs[1:4])
-        ctx.set_materialize_grads(False)
-        if not options.return_stats:
-            return outputs.loss
-        ctx.mark_non_differentiable(outputs.scalars, outputs.token_count)
-        return outputs.loss, outputs.scalars, outputs.token_count
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * 5
-        refuse_transforms("the backward of pdl_cross_entropy", upstream)
-        find = _gradient_in_place if ctx.inplace else _gradient
-        if not torch.is_grad_enabled():
-            return find(ctx, upstream), None, None, None, None
-        logits = ctx.saved_tensors[0]  # before the gradient is written into them in place, after which autograd refuses
-        with torch.no_grad():  # create_graph=True
-            gradient = find(ctx, upstream)
-        return _RefuseDoubleBackward.apply(gradient, upstream, logits), None, None, None, None
-
-
-def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
-    gradient, ctx.gradient = ctx.gradient, None
-    scalars, row_state, options, backend = ctx.kept
-    if gradient is None:
-        return _run_backward(LossInputs(*ctx.saved_tensors), row_state, scalars, options, backend, upstream)
-    saved = _saved_unless_changed(ctx)
-    if saved is None:
-        backend_module(backend).scale(as_rows(gradient), scalars, upstream)
-    else:
-        inputs = _as_rows(LossInputs(*saved))
-        logits, rows = same_rows(inputs.logits, gradient)
-        if logits is not inputs.logits:
-            inputs = inputs._replace(logits=logits)
-        backend_module(backend).backward(inputs, options, row_state, scalars, upstream, rows, unless_expected=True)
-    return gradient
-
-
-def _saved_unless_changed(ctx: Any) -> tuple[Any, ...] | None:
-    """The saved tensors, or None if one was written to since forward, which the first backward allows."""
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):
-            return None
-        raise
-
-
-def _gradient_in_place(ctx: Any, upstream: Tensor) -> Tensor:
-    if ctx.handed_over:
-        raise RuntimeError(
-            "a second backward through pdl_cross_entropy(..., inplace=True): the first one handed over the gradient "
-            "that had overwritten the logits, and nothing is left to form it from; use inplace=False"
-        )
-    gradient = ctx.saved_tensors[0].detach()  # raises if something has been written over the gradient
-    ctx.handed_over = True
-    scalars, _, _, backend = ctx.kept
-    rows = as_rows(gradient)  # a copy, where a hook on saved tensors returned other strides
-    backend_module(backend).scale(rows, scalars, upstream)
-    return rows.reshape(gradient.shape)
-
-
-class _RefuseDoubleBackward(torch.autograd.Function):
-    """The identity on a gradient, so that differentiating it again raises instead of being silently wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, upstream: Tensor, logits: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(DOUBLE_BACKWARD_MESSAGE)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Operators for tensors that are traced
 
+_SETTINGS = ", ".join([*(declared.schema for declared in DECLARED[LossOptions]), "str backend"])
+_TENSORS = "Tensor logits, Tensor targets, Tensor? weights, Tensor? token_weights"
 
-@torch.library.custom_op("pdl_kernels::cross_entropy", mutates_args=())
-def _forward_operator(
+
+def _forward(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor | None,
     token_weights: Tensor | None,
     normalizer: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    return_stats: bool,
-    backend: str,
+    *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_stats)
-    backend = choose_backend(backend, logits.device, logits.dtype)
+    *options, backend = settings
     inputs = LossInputs(logits, targets, weights, token_weights, normalizer)
-    outputs, _ = _run_forward(inputs, options, backend)
-    loss, row_state, scalars, token_count = outputs
+    call = _Call(inputs, LossOptions(*options), _backend_of(backend, logits), inplace=False)
+    (loss, row_state, scalars, token_count), _ = _run_forward(call)
     return loss, row_state, scalars, targets.new_zeros((), dtype=torch.int64) if token_count is None else token_count
 
 
-@_forward_operator.register_fake
-def _(
-    logits: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    token_weights: Tensor | None,
-    normalizer: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    return_stats: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(logits: Tensor, targets: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, *options, _ = arguments
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    loss = targets.new_empty(targets.shape if reduction == "none" else (), dtype=dtype)
-    row_state = targets.new_empty((2, targets.numel()), dtype=dtype)
-    return loss, row_state, targets.new_empty((len(SCALARS),), dtype=dtype), targets.new_empty((), dtype=torch.int64)
+    per_row = LossOptions(*options).reduction == "none"
+    return (
+        targets.new_empty(targets.shape if per_row else (), dtype=dtype),
+        targets.new_empty((2, targets.numel()), dtype=dtype),
+        targets.new_empty((len(SCALARS),), dtype=dtype),
+        targets.new_empty((), dtype=torch.int64),
+    )
 
 
-@torch.library.custom_op("pdl_kernels::cross_entropy_backward", mutates_args=())
-def _backward_operator(
+def _backward(
     upstream: Tensor,
     logits: Tensor,
     targets: Tensor,
@@ -292,44 +262,148 @@ def _backward_operator(
     token_weights: Tensor | None,
     row_state: Tensor,
     scalars: Tensor,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    backend: str,
+    *settings: Any,
 ) -> Tensor:
-    options = LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
-    backend = choose_backend(backend, logits.device, logits.dtype)
-    # Contiguous, as the fake implementation promises to the compiler.
+    *options, backend = settings
     inputs = LossInputs(logits, targets, weights, token_weights)
-    return _run_backward(inputs, row_state, scalars, options, backend, upstream, contiguous=True)
+    return _run_backward(
+        inputs, row_state, scalars, LossOptions(*options), _backend_of(backend, logits), upstream,
+        contiguous=True,  # as the fake implementation promises to the compiler
+    )  # fmt: skip
 
 
-@_backward_operator.register_fake
-def _(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+_forward_operator = torch.library.custom_op(
+    "pdl_kernels::cross_entropy", _forward, mutates_args=(),
+    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+_forward_operator.register_fake(_fake_forward)
+_backward_operator = torch.library.custom_op(
+    "pdl_kernels::cross_entropy_backward", _backward, mutates_args=(),
+    schema=f"(Tensor upstream, {_TENSORS}, Tensor row_state, Tensor scalars, {_SETTINGS}) -> Tensor",
+)  # fmt: skip
+_backward_operator.register_fake(_fake_backward)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, weights, token_weights, _, *options, _, backend = inputs
+    logits, targets, weights, token_weights, _, *ctx.settings = inputs
     _, row_state, scalars, _ = output
     ctx.save_for_backward(logits, targets, weights, token_weights, row_state, scalars)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.options, ctx.backend = options, backend
 
 
 def _operator_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    gradient = _backward_operator(upstream, *ctx.saved_tensors, *ctx.options, ctx.backend)
-    return (gradient,) + (None,) * 12
+    gradient = _backward_operator(upstream, *ctx.saved_tensors, *ctx.settings)
+    return gradient, *no_gradients(ctx, after=1)
 
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_save_for_backward)
+_backward_operator.register_autograd(lambda *_: refuse(NAME))
 
 
-def _refuse_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(DOUBLE_BACKWARD_MESSAGE)
+def no_gradients(ctx: Any, *, after: int) -> tuple[None, ...]:
+    """For the arguments of a function after the first ones, which alone are differentiable."""
+    return (None,) * (len(ctx.needs_input_grad) - after)
 
 
-_backward_operator.register_autograd(_refuse_double_backward)
+def as_operand(value: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """What an operator takes for a number, so that another number needs no compilation; fake where `like` is."""
+    if value is None:
+        return None
+    return moved(value, like.device) if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers on a device, logits as rows, memory for gradients
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A number, or a 0-d tensor on `device`, without waiting for a device."""
+    if value is None or type(value) is float:
+        return value
+    if not isinstance(value, Tensor) or (value.device.type == "cpu" and device.type != "cpu"):
+        return float(value)
+    return moved(value, device)
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Detached and on `device`, which is not touched if the value is there: that of a fake tensor need not exist."""
+    value = value.detach()
+    return value if value.device == device else value.to(device)
+
+
+def _as_rows(inputs: LossInputs) -> LossInputs:
+    """The same numbers as backends take them: logits (rows_outer, rows_inner, V), targets and token_weights (N,)."""
+    logits, targets, weights, token_weights, normalizer, expected_upstream = inputs
+    return LossInputs(
+        as_rows(logits.detach()),
+        _flat(targets),
+        None if weights is None else weights.contiguous(),
+        None if token_weights is None else _flat(token_weights),
+        normalizer,
+        expected_upstream,
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1).contiguous()
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """(..., V) as (rows_outer, rows_inner, V), a view unless the leading dimensions cannot be merged into two."""
+    if logits.dim() == 2:
+        return logits.unsqueeze(0)
+    *leading, V = logits.shape
+    if not leading:
+        return logits.view(1, 1, V)
+    if logits.numel() == 0:
+        return logits.reshape(1, math.prod(leading), V)
+    # Merge neighbouring dimensions where one stride steps through both.
+    shape: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(leading, logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if shape and strides[-1] == size * stride:
+            shape[-1] *= size
+            strides[-1] = stride
+        else:
+            shape.append(size)
+            strides.append(stride)
+    if len(shape) > 2:
+        return logits.reshape(1, math.prod(leading), V)
+    while len(shape) < 2:
+        shape.insert(0, 1)
+        strides.insert(0, 0)
+    return logits.as_strided((*shape, V), (*strides, logits.stride(-1)))
+
+
+def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
+    """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits.
+
+    Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
+    elements share memory; contiguous then.
+    """
+    if rows.is_contiguous():
+        return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    steps = sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True) if size > 1)
+    span = 1  # elements from the first to the last
+    apart = True
+    for stride, size in steps:
+        apart = apart and stride >= span
+        span += (size - 1) * stride
+    if not contiguous and rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
+        return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+
+
+def same_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (rows_outer, rows_inner, V) of one shape; a view of the gradient, whose rows were once the logits'."""
+    try:
+        return rows, gradient.view(rows.shape)
+    except RuntimeError:  # a hook on saved tensors returned the logits with other strides
+        row_gradient = as_rows(gradient)
+        return rows.reshape(row_gradient.shape), row_gradient

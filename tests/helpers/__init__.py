@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdl_kernels import LossStats, pdl_cross_entropy
-from pdl_kernels.ops import tracing
+from pdl_kernels import backends
 from reference.pdl import ReferenceStats, reference_cross_entropy
 
 HALF = (torch.float16, torch.bfloat16)
@@ -189,7 +189,7 @@ class Watching(TorchDispatchMode):
     """A mode that sees what eager mode does. A call under any other mode is one operator, for tracing."""
 
     def __enter__(self):
-        self.patch = mock.patch.object(tracing, "is_traced", return_value=False)
+        self.patch = mock.patch.object(backends, "is_traced", return_value=False)
         self.patch.start()
         return super().__enter__()
 

@@ -62,7 +62,8 @@ def edited(call: Call) -> Iterator[None]:
     if not call.edits:
         yield
         return
-    owner = launch if hasattr(launch, call.kernel) else launch.kernels
+    modules = (launch, launch.kernels, launch.reductions)
+    owner = next(module for module in modules if hasattr(module, call.kernel))
     source = Path(sys.modules[getattr(owner, call.kernel).fn.__module__].__file__).read_text()
     for passage, instead in call.edits:
         assert source.count(passage) == 1, f"{source.count(passage)} times in {call.kernel}'s module:\n{passage}"

@@ -44,7 +44,7 @@ def test_large_programs_name_their_registers():
     assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=True).registers == 64
     assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=True, smoothing=True).registers == 128
     assert planner.plan_rows(4096, 128256, 2, SMS, two_passes=False).registers is None
-    assert launch.row_compile_options(planner.plan_rows(4096, 128256, 2, SMS, two_passes=True), False) == {
+    assert planner.row_compile_options(planner.plan_rows(4096, 128256, 2, SMS, two_passes=True), False) == {
         "num_warps": 32,
         "enable_fp_fusion": True,
     }
@@ -67,7 +67,8 @@ def test_the_product_of_a_capped_logit_is_not_fused_with_what_follows(monkeypatc
     inputs = LossInputs(logits, logits.new_empty(8, dtype=torch.int64), None, None)
     outputs = RowOutputs(logits.new_empty(8), logits.new_empty(2, 8), None)
     for rows in (planner.MANY_ROWS, 1):  # whole rows; slices
-        plan = launch.make_plan(logits, options, logits, planner.plan_rows(rows, 8192, 4, SMS, two_passes=True), device)
+        shape = planner.plan_rows(rows, 8192, 4, SMS, two_passes=True)
+        plan = launch.make_plan(logits, options, logits, planner.layout_of(logits, logits), shape, device)
         launch._launch_loss_rows(plan, inputs, logits.new_empty(7), logits, outputs)
     assert given == [fused] * 4
 
@@ -88,12 +89,12 @@ def test_vectors_need_aligned_logits_and_an_aligned_gradient():
     storage = torch.empty(4 * 128 + 1, dtype=torch.bfloat16)
     aligned, offset = storage[:-1].view(1, 4, 128), storage[1:].view(1, 4, 128)
     odd = torch.empty(1, 4, 129, dtype=torch.bfloat16)
-    assert launch.uses_vectors(aligned, None)
-    assert launch.uses_vectors(aligned, aligned)
-    assert launch.uses_vectors(odd, odd)
-    assert not launch.uses_vectors(offset, None)
-    assert not launch.uses_vectors(aligned, offset)
-    assert not launch.uses_vectors(aligned.transpose(1, 2), None)
+    assert planner.layout_of(aligned, None).vectors
+    assert planner.layout_of(aligned, aligned).vectors
+    assert planner.layout_of(odd, odd).vectors
+    assert not planner.layout_of(offset, None).vectors
+    assert not planner.layout_of(aligned, offset).vectors
+    assert not planner.layout_of(aligned.transpose(1, 2), None).vectors
 
 
 def test_programs_stay_within_the_device():
@@ -123,7 +124,8 @@ def test_smoothing_is_not_sliced():
 
 def variant(logits, gradient=None):
     plan = planner.plan_rows(4096, logits.shape[-1], logits.element_size(), SMS, two_passes=True)
-    return launch.make_variant(logits, LossOptions(), gradient, plan)
+    layout = planner.layout_of(logits, gradient)
+    return planner.make_variant(logits.shape[-1], logits.element_size(), LossOptions(), layout, plan)
 
 
 def test_layouts():

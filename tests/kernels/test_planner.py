@@ -138,7 +138,7 @@ def test_many_columns_take_more_registers_on_sm_100():
 
 def test_compile_options_of_a_cluster():
     plan = planner.plan_held_row(151936, 2, H200, (3, 9))
-    assert launch.row_compile_options(plan, True) == {
+    assert planner.row_compile_options(plan, True) == {
         "num_warps": 4,
         "num_ctas": 8,
         "maxnreg": 96,

@@ -120,7 +120,7 @@ def test_equal_keys_have_equal_plans(change):
         logits = logits_of() if logits is None else logits
         gradient = logits if isinstance(gradient, str) else gradient
         plan = plan or launch._plan_loss
-        arguments = plan, logits, logits.shape[1], options or LossOptions(), gradient
+        arguments = plan, logits, options or LossOptions(), gradient
         return launch._kept(*arguments), plan(*arguments[1:])
 
     plans()

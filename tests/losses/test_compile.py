@@ -172,12 +172,12 @@ def test_operators_pass_opcheck(changes, device, backend):
 @TRACED
 def test_backward_operator_passes_opcheck(device, backend):
     arguments = operator_arguments(device, backend=backend)
-    logits, targets, weights, token_weights, _, *options, _, backend = arguments
+    logits, targets, weights, token_weights, _, *settings = arguments
     _, row_state, scalars, _ = torch.ops.pdl_kernels.cross_entropy(*arguments)
     upstream = torch.tensor(2.0, device=device)
     results = torch.library.opcheck(
         torch.ops.pdl_kernels.cross_entropy_backward.default,
-        (upstream, logits.detach(), targets, weights, token_weights, row_state, scalars, *options, backend),
+        (upstream, logits.detach(), targets, weights, token_weights, row_state, scalars, *settings),
     )
     assert set(results.values()) == {"SUCCESS"}
 

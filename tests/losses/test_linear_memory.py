@@ -18,7 +18,7 @@ from helpers.linear import (
 from helpers.traffic_counters import Allocations
 
 from pdl_kernels import pdl_linear_cross_entropy
-from pdl_kernels.ops import chunks as linear_chunks
+from pdl_kernels.ops import chunks
 
 COMBINATIONS = list(itertools.product([True, False], repeat=3))
 
@@ -94,7 +94,7 @@ def test_no_logits_of_all_tokens(dtype, reduction, options, device):
 @pytest.mark.parametrize("rows", [900, 1025])
 def test_the_chosen_chunk_keeps_its_bound(rows, monkeypatch, device):
     """`chunk_size=None`, with a bound that a small problem reaches."""
-    monkeypatch.setattr(linear_chunks, "CHUNK_BYTES", 200 * WIDE_V * 4)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 200 * WIDE_V * 4)
     problem = wide_problem(rows, device=device)
     with Allocations() as allocations:
         run_linear("eager", problem)

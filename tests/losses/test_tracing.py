@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pdl_kernels import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss, pdl_cross_entropy, pdl_linear_cross_entropy
 from pdl_kernels.ops import cross_entropy as logits_operation
-from pdl_kernels.ops import linear_operators
+from pdl_kernels.ops import linear_cross_entropy as linear_operation
 
 N, V, H = 9, 11, 4
 NUMBER = "the 0-d tensor among the inputs"
@@ -187,7 +187,7 @@ def _no_operators(monkeypatch):
         raise AssertionError("an operator was called")
 
     monkeypatch.setattr(logits_operation, "_forward_operator", refuse)
-    monkeypatch.setattr(linear_operators, "_forward_operator", refuse)
+    monkeypatch.setattr(linear_operation, "_forward_operator", refuse)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -791,7 +791,7 @@ def test_selective_checkpointing(loss, reduction, saved, monkeypatch):
         return lambda *arguments, **options: runs.append(function) or function(*arguments, **options)
 
     monkeypatch.setattr(logits_operation, "_run_forward", counting(logits_operation._run_forward))
-    monkeypatch.setattr(linear_operators, "Run", counting(linear_operators.Run))
+    monkeypatch.setattr(linear_operation, "Run", counting(linear_operation.Run))
 
     def policy(_, operator, *__, **___):
         keep = {"the loss": (OPERATORS[loss],), "products": (torch.ops.aten.addmm.default,), "nothing": ()}[saved]
