@@ -240,7 +240,7 @@ def row_sums(chunks, edge_x, lane_max, dtype: tl.constexpr, VARIANT: tl.constexp
 @triton.jit
 def write_gradient(
     gradient_row, gradient_interior, chunks, exps, edge, edge_exists, edge_x, head, columns, y, x_y,
-    lane_reference, correction, row_max, row_sum, sixteen, upper_half, gradient_factor, z_factor,
+    lane_reference, correction, row_max, row_sum, log_sum, sixteen, upper_half, gradient_factor, z_factor,
     dtype: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """Write dL/dx_j = (gradient_factor + common) p_j - [j == y] gradient_factor, with common = 2 z_factor lse."""
@@ -249,7 +249,7 @@ def write_gradient(
     MANY_CHUNKS: tl.constexpr = VARIANT.chunks > 25 and not VARIANT.hold_exps
     common = 0.0
     if VARIANT.z_loss:
-        common += 2.0 * z_factor * (row_max + LN2 * tl.math.log2(row_sum))
+        common += 2.0 * z_factor * (row_max + log_sum)
     factor = (gradient_factor + common) / row_sum
     row_rate, row_shift, row_correction = exp_terms(row_max)
     if VARIANT.hold_exps:
@@ -345,6 +345,7 @@ def single_pass_rows_kernel(
         row_sixteen, row_upper_half = opaque_constants(row_sum)
         # A row that holds +inf is nan throughout, as in torch, also where the maximum passed it over.
         row_sum = tl.where(row_sum == float("inf"), float("nan"), row_sum)
+        log_sum = LN2 * tl.math.log2(row_sum)
         writes = active
         if VARIANT.z_loss:
             # Always true, which the compiler cannot know: without a branch here it spills.
@@ -355,7 +356,7 @@ def single_pass_rows_kernel(
             )
             write_gradient(
                 gradient_row, gradient_interior, chunks, exps, edge, edge_exists, edge_x, head, columns, y, x_y,
-                lane_reference, correction, row_max, row_sum, row_sixteen, row_upper_half,
+                lane_reference, correction, row_max, row_sum, log_sum, row_sixteen, row_upper_half,
                 gradient_factor, z_gradient_factor, logits.dtype.element_ty, VARIANT,
             )  # fmt: skip
         store_row_results(
