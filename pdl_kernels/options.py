@@ -66,26 +66,32 @@ class LossOptions(NamedTuple):
 
     ignore_index: Annotated[
         int,
-        Option("targets of this value contribute exactly 0", "an integer of 64 bits", low=-(2**63), high=2**63 - 1),
+        Option(
+            "targets of this value contribute exactly 0, and their logits are not read",
+            "an integer of 64 bits",
+            low=-(2**63),
+            high=2**63 - 1,
+        ),
     ] = -100
     reduction: Annotated[
         str,
         Option(
-            "what the loss is divided by; 'none' gives one loss per token",
+            "what the sum is divided by: see below",
             "'mean', 'token_mean', 'sum' or 'none'",
             choices=REDUCTIONS,
         ),
     ] = "mean"
     label_smoothing: Annotated[
-        float, Option("torch's: its term uses every class's weight", "a number from 0 to 1", low=0, high=1)
+        float, Option("torch's; its term uses the weight of every class", "a number from 0 to 1", low=0, high=1)
     ] = 0.0
     z_loss: Annotated[
-        float, Option("adds this times |u_i| lse_i**2, whatever the weights", "a finite number >= 0", low=0)
+        float,
+        Option("adds `z_loss * lse**2` for each token, whatever the class weights", "a finite number >= 0", low=0),
     ] = 0.0
     softcap: Annotated[
         float | None,
         Option(
-            "softcap * tanh(z / softcap), applied after logit_scale",
+            "`softcap * tanh(z / softcap)`, after `logit_scale`",
             "a finite number > 0, or None for no cap",
             low=SMALLEST,
         ),
@@ -93,7 +99,7 @@ class LossOptions(NamedTuple):
     logit_scale: Annotated[float, Option("multiplies the logits, in float32", "a finite number > 0", low=SMALLEST)] = (
         1.0
     )
-    return_stats: Annotated[bool, Option("also return LossStats: what to log beside a weighted loss")] = False
+    return_stats: Annotated[bool, Option("also return `LossStats`: what to log beside a weighted loss")] = False
 
 
 class LinearOptions(NamedTuple):
@@ -101,12 +107,12 @@ class LinearOptions(NamedTuple):
 
     chunk_size: Annotated[
         int | None,
-        Option("tokens whose logits exist at a time; None chooses", "an integer >= 1 (tokens), or None", low=1),
+        Option("tokens whose logits exist at a time; `None` chooses", "an integer >= 1 (tokens), or None", low=1),
     ] = None
     accumulate_dtype: Annotated[
         torch.dtype,
         Option(
-            "dtype in which the gradients of chunks are added up",
+            "dtype in which gradients are summed and wait for backward",
             f"one of {', '.join(map(str, ACCUMULATE_DTYPES))}",
             choices=ACCUMULATE_DTYPES,
         ),
@@ -114,13 +120,15 @@ class LinearOptions(NamedTuple):
     compact: Annotated[
         bool | None,
         Option(
-            "leave tokens that contribute nothing out of the products", "True, False or None", choices=(True, False)
+            "leave tokens that contribute nothing out of the products; `None`: except during the capture of a CUDA graph",
+            "True, False or None",
+            choices=(True, False),
         ),
     ] = None
     row_sampling: Annotated[
         float,
         Option(
-            "share of the row factors whose rows are sampled in backward",
+            "leave light tokens out of the backward products at random, without bias: see below",
             "a number >= 0 and < 1",
             low=0,
             high=BELOW_ONE,
@@ -133,7 +141,11 @@ class CallOptions(NamedTuple):
 
     normalizer: Annotated[
         float | Tensor | None,
-        Option("the one denominator of everything; only with 'mean'", "a finite number >= 0 or a 0-d tensor", low=0),
+        Option(
+            'the one denominator of everything; only with `reduction="mean"`',
+            "a finite number >= 0 or a 0-d tensor",
+            low=0,
+        ),
     ] = None
     expected_upstream: Annotated[
         float | Tensor,
@@ -146,9 +158,14 @@ class CallOptions(NamedTuple):
         ),
     ] = 1.0
     inplace: Annotated[bool, Option("the gradient may overwrite the logits")] = False
-    backend: Annotated[str, Option("which implementation runs", "'auto', 'triton' or 'eager'", choices=BACKENDS)] = (
-        "auto"
-    )
+    backend: Annotated[
+        str,
+        Option(
+            'which implementation runs; `"auto"` is Triton on CUDA and ROCm tensors, eager elsewhere and for float64',
+            "'auto', 'triton' or 'eager'",
+            choices=BACKENDS,
+        ),
+    ] = "auto"
 
 
 DECLARED: dict[type, tuple[Declared, ...]] = {
