@@ -120,7 +120,7 @@ class LinearOptions(NamedTuple):
     compact: Annotated[
         bool | None,
         Option(
-            "leave tokens that contribute nothing out of the products; `None`: except during the capture of a CUDA graph",
+            "leave tokens that contribute nothing out of the products; `None`: except while a CUDA graph is captured",
             "True, False or None",
             choices=(True, False),
         ),
