@@ -107,20 +107,9 @@ def loss_rows_kernel(
     if read:
         x_y = tl.load(logits_row + y.to(tl.int64) * stride_column).to(tl.float32)
         row_max, row_sum = row_max_and_sum(
-            logits_row,
-            interior,
-            head,
-            columns,
-            0,
-            columns,
-            V,
-            slice_index,
-            stride_column,
-            logit_scale,
-            softcap,
-            VARIANT.smoothing or gradient is not None,
-            VARIANT,
-        )
+            logits_row, interior, head, columns, 0, columns, V, slice_index, stride_column, logit_scale, softcap,
+            VARIANT.smoothing or gradient is not None, VARIANT,
+        )  # fmt: skip
         smoothing = tl.full((), 0.0, tl.float32)
         if VARIANT.smoothing or gradient is not None:
             weight_total = tl.load(scalars + WEIGHT_TOTAL) if VARIANT.smoothing else 0.0

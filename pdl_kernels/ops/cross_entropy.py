@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pdl_kernels import backends
-from pdl_kernels.ops.double_backward import RefuseDoubleBackward, refuse
+from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace, share_storage
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
 
@@ -33,8 +33,7 @@ def cross_entropy(inputs: LossInputs, options: LossOptions, backend: str, *, inp
         backends.refuse_transforms(NAME, logits)
     if traced:
         denominator = as_operand(normalizer, logits)
-        outputs = _forward_operator(logits, targets, weights, token_weights, denominator, *options, backend)
-        return LossOutputs(*outputs)
+        return LossOutputs(*_forward_operator(logits, targets, weights, token_weights, denominator, *options, backend))
     inputs = inputs._replace(
         normalizer=on_device(normalizer, logits.device), expected_upstream=on_device(expected_upstream, logits.device)
     )
@@ -111,18 +110,18 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     gradient, ctx.gradient = ctx.gradient, None
-    scalars, row_state, options, backend = ctx.kept
     if gradient is None:
-        return _run_backward(LossInputs(*ctx.saved_tensors), row_state, scalars, options, backend, upstream)
+        return _run_backward(LossInputs(*ctx.saved_tensors), ctx.kept, upstream)
+    scalars, row_state, options, backend = ctx.kept
     saved = _saved_unless_changed(ctx)
     if saved is None:
         backend.scale(as_rows(gradient), scalars, upstream)
     else:
         inputs = _as_rows(LossInputs(*saved))
         logits, rows = same_rows(inputs.logits, gradient)
-        if logits is not inputs.logits:
-            inputs = inputs._replace(logits=logits)
-        backend.backward(inputs, options, row_state, scalars, upstream, rows, unless_expected=True)
+        backend.backward(
+            inputs._replace(logits=logits), options, row_state, scalars, upstream, rows, unless_expected=True
+        )
     return gradient
 
 
@@ -173,21 +172,12 @@ def _run_forward(call: _Call, *, with_gradient: bool = False) -> tuple[LossOutpu
     return outputs, gradient
 
 
-def _run_backward(
-    inputs: LossInputs,
-    row_state: Tensor,
-    scalars: Tensor,
-    options: LossOptions,
-    backend: ModuleType,
-    upstream: Tensor,
-    *,
-    contiguous: bool = False,
-) -> Tensor:
+def _run_backward(inputs: LossInputs, kept: _Kept, upstream: Tensor, *, contiguous: bool = False) -> Tensor:
     """The gradient for `upstream` in new memory, (..., V)."""
     rows = _as_rows(inputs)
     gradient = empty_gradient(rows.logits, contiguous=contiguous)
-    flat_upstream = upstream.reshape(-1) if options.reduction == "none" else upstream
-    backend.backward(rows, options, row_state.contiguous(), scalars, flat_upstream, gradient)
+    flat_upstream = upstream.reshape(-1) if kept.options.reduction == "none" else upstream
+    kept.backend.backward(rows, kept.options, kept.row_state.contiguous(), kept.scalars, flat_upstream, gradient)
     return gradient.reshape(inputs.logits.shape)
 
 
@@ -265,11 +255,9 @@ def _backward(
     *settings: Any,
 ) -> Tensor:
     *options, backend = settings
-    inputs = LossInputs(logits, targets, weights, token_weights)
-    return _run_backward(
-        inputs, row_state, scalars, LossOptions(*options), _backend_of(backend, logits), upstream,
-        contiguous=True,  # as the fake implementation promises to the compiler
-    )  # fmt: skip
+    kept = _Kept(scalars, row_state, LossOptions(*options), _backend_of(backend, logits))
+    # Contiguous, as the fake implementation promises to the compiler.
+    return _run_backward(LossInputs(logits, targets, weights, token_weights), kept, upstream, contiguous=True)
 
 
 def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
@@ -280,11 +268,11 @@ _forward_operator = torch.library.custom_op(
     "pdl_kernels::cross_entropy", _forward, mutates_args=(),
     schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
-_forward_operator.register_fake(_fake_forward)
 _backward_operator = torch.library.custom_op(
     "pdl_kernels::cross_entropy_backward", _backward, mutates_args=(),
     schema=f"(Tensor upstream, {_TENSORS}, Tensor row_state, Tensor scalars, {_SETTINGS}) -> Tensor",
 )  # fmt: skip
+_forward_operator.register_fake(_fake_forward)
 _backward_operator.register_fake(_fake_backward)
 
 
@@ -302,11 +290,6 @@ def _operator_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | No
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_save_for_backward)
 _backward_operator.register_autograd(lambda *_: refuse(NAME))
-
-
-def no_gradients(ctx: Any, *, after: int) -> tuple[None, ...]:
-    """For the arguments of a function after the first ones, which alone are differentiable."""
-    return (None,) * (len(ctx.needs_input_grad) - after)
 
 
 def as_operand(value: Tensor | float | None, like: Tensor) -> Tensor | None:

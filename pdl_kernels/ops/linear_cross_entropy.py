@@ -16,8 +16,8 @@ from torch import Tensor
 from pdl_kernels import backends
 from pdl_kernels.ops import flops
 from pdl_kernels.ops.chunks import Gradients, Run
-from pdl_kernels.ops.cross_entropy import as_operand, moved, no_gradients, on_device
-from pdl_kernels.ops.double_backward import RefuseDoubleBackward, refuse
+from pdl_kernels.ops.cross_entropy import as_operand, moved, on_device
+from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.options import DECLARED, SCALARS, LinearInputs, LinearOptions, LinearOutputs, LossOptions
 
 NAME = "pdl_linear_cross_entropy"

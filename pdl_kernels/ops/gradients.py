@@ -1,4 +1,4 @@
-"""Second derivatives, which raise instead of being silently wrong."""
+"""What both losses say of gradients: second derivatives raise instead of being silently wrong, settings have none."""
 
 from typing import Any
 
@@ -25,3 +25,8 @@ def refuse(operation: str) -> None:
         f"{operation} cannot be differentiated twice: its gradients are formed by kernels that autograd does not see; "
         "for second derivatives use torch.nn.functional.cross_entropy, after torch.nn.functional.linear if need be"
     )
+
+
+def no_gradients(ctx: Any, *, after: int) -> tuple[None, ...]:
+    """For the arguments of a function after the first ones, which alone are differentiable."""
+    return (None,) * (len(ctx.needs_input_grad) - after)
