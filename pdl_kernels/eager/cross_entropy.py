@@ -20,7 +20,7 @@ from pdl_kernels.eager.row_math import (
     Tokens,
     denominators_of,
     factors_of,
-    is_plain,
+    is_untransformed,
     lse_parts,
     product,
     smoothing_sum,
@@ -109,7 +109,7 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
     for piece in pieces_of(inputs, read):
         z, p = buffers.fill(piece.logits)  # (R, V) each
         # The transform is increasing, so that the raw logits decide which column is largest.
-        row_max[piece.index] = (z if is_plain(options) else piece.logits).amax(-1).to(x_y.dtype)
+        row_max[piece.index] = (z if is_untransformed(options) else piece.logits).amax(-1).to(x_y.dtype)
         largest[piece.index] = p.amax(-1)
         lse = None
         if smoothing_sums is not None or options.z_loss > 0:
@@ -220,7 +220,7 @@ def _write_gradient(
         g_y += common[:, None] * p_y
     # Written once, straight into place, where nothing but the scale is left to apply.
     in_rows = isinstance(piece.index, slice) and gradient.shape[0] == 1
-    straight = in_rows and is_plain(options) and options.label_smoothing == 0 and gradient.dtype == p.dtype
+    straight = in_rows and is_untransformed(options) and options.label_smoothing == 0 and gradient.dtype == p.dtype
     out = gradient[0, piece.index] if straight else p
     torch.mul(p, scale, out=out)
     if options.label_smoothing > 0:
@@ -229,7 +229,7 @@ def _write_gradient(
         out -= smoothing * w
         g_y -= smoothing * w[y]
     out.scatter_(1, y, g_y.to(out.dtype))
-    if not is_plain(options):
+    if not is_untransformed(options):
         out *= transform_derivative(piece.logits, options, p.dtype)
     # Rows read for the statistics alone may hold nan, which 0 * nan would keep.
     if options.return_stats or gradient.device.type != "cpu":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdl_kernels.eager.row_math import Tokens, is_plain, transformed
+from pdl_kernels.eager.row_math import Tokens, is_untransformed, transformed
 from pdl_kernels.options import LossInputs, LossOptions
 
 # One piece's softmax. On CPU a few megabytes beat both single rows and whole tensors; elsewhere it only bounds memory.
@@ -31,7 +31,7 @@ class Buffers:
         shape = min(piece_rows(inputs.logits), len(inputs.targets)), inputs.logits.shape[-1]
         self.options = options
         self.p = torch.empty(shape, dtype=dtype, device=inputs.logits.device)
-        converts = is_plain(options) and inputs.logits.dtype != dtype
+        converts = is_untransformed(options) and inputs.logits.dtype != dtype
         self.z = torch.empty_like(self.p) if converts else None
 
     def fill(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def product(factor: Tensor, value: Tensor) -> Tensor:
     return torch.where(factor != 0, factor * value, 0)
 
 
-def is_plain(options: LossOptions) -> bool:
+def is_untransformed(options: LossOptions) -> bool:
     return options.logit_scale == 1 and options.softcap is None
 
 
