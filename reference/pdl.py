@@ -1,4 +1,4 @@
-"""Power-Law Decay Loss, written out as in the paper (arXiv 2505.16900) and in the README's definitions.
+"""Power-Law Decay Loss, written out as in the paper (arXiv 2505.16900) and in the definitions of docs/loss.md.
 
 Everything is float64, one formula a line, no tricks, no speed. Autograd differentiates it, so that gradients have the
 same source as values. Tests and benchmarks import this file; the package does not.
