@@ -1,7 +1,7 @@
 """Makes calls of `doctor --check` through the ordinary launch path, on tensors with memory, and prints how many kernels
 had to be compiled: those that benchmarks.compile_ahead had not put into Triton's cache. Launches go nowhere.
 
-    TRITON_INTERPRET=0 TRITON_CACHE_DIR=... PYTHONPATH=. python tests/helpers/launch_from_cache.py VOCABULARY DTYPE
+    TRITON_INTERPRET=0 TRITON_CACHE_DIR=... PYTHONPATH=. python tests/helpers/launch_from_cache.py VOCABULARY DTYPE [CASES]
 """
 
 import sys
@@ -23,6 +23,7 @@ from pdl_kernels.ops import cross_entropy as operation
 
 def main() -> None:
     vocab_size, dtype = int(sys.argv[1]), sys.argv[2]
+    most = int(sys.argv[3]) if len(sys.argv) > 3 else None
     warnings.filterwarnings("ignore")
     driver.set_active(StubbedDriver(HARDWARE[compile_ahead.TARGET].target))
     backends.triton_problem = lambda device, dtype: None
@@ -34,14 +35,14 @@ def main() -> None:
         found[what["cache_hit"]] += 1
 
     knobs.compilation.listener = count
-    for case in cases_for(compile_ahead.DEVICE.multiprocessors, [vocab_size]):
-        if case.dtype == dtype:
-            recipe = RECIPES[case.recipe]
-            problem = correctness.make_problem(case, torch.device("cpu"))
-            call = correctness.make_call(problem, recipe, correctness.make_upstream(problem, recipe), "triton")
-            with correctness.reading_twice(recipe.read_twice):
-                call()
-                call()
+    cases = [case for case in cases_for(compile_ahead.DEVICE.multiprocessors, [vocab_size]) if case.dtype == dtype]
+    for case in cases[:most]:
+        recipe = RECIPES[case.recipe]
+        problem = correctness.make_problem(case, torch.device("cpu"))
+        call = correctness.make_call(problem, recipe, correctness.make_upstream(problem, recipe), "triton")
+        with correctness.reading_twice(recipe.read_twice):
+            call()
+            call()
     print(found[True], found[False])
 
 
