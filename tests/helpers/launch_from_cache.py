@@ -1,7 +1,8 @@
 """Makes calls of `doctor --check` through the ordinary launch path, on tensors with memory, and prints how many kernels
 had to be compiled: those that benchmarks.compile_ahead had not put into Triton's cache. Launches go nowhere.
 
-    TRITON_INTERPRET=0 TRITON_CACHE_DIR=... PYTHONPATH=. python tests/helpers/launch_from_cache.py VOCABULARY DTYPE [CASES]
+    TRITON_INTERPRET=0 TRITON_CACHE_DIR=... PYTHONPATH=. \\
+        python tests/helpers/launch_from_cache.py VOCABULARY DTYPE [CASES]
 """
 
 import sys
