@@ -211,7 +211,7 @@ def test_backward_operator_passes_opcheck(name):
     upstream = torch.full_like(loss, 2.0)
     results = torch.library.opcheck(
         torch.ops.pdl_kernels.linear_cross_entropy_backward.default,
-        (upstream, *tensors, row_state, scalars, *gradients, *settings),
+        (upstream, *gradients, row_state, scalars, *tensors, *settings),
     )
     assert set(results.values()) == {"SUCCESS"}
 
