@@ -51,8 +51,8 @@ execute() { $venv/bin/python -m ttsem.sanitize pytest -q -p no:cacheprovider --t
 ) >"$work/kernels.log" 2>&1 &
 kernels=$!
 (set -e
-    execute tests/losses/test_errors.py tests/kernels/test_planner.py tests/losses/test_linear_calls.py tests/losses/test_compile.py
-    execute tests/losses/test_autograd.py tests/losses/test_no_hidden_state.py -k "inplace or two_losses"
+    execute tests/losses/test_{errors,backends,modules,linear_calls}.py tests/kernels/test_planner.py tests/ops/test_compile.py
+    execute tests/ops/test_{autograd,gradients_in_place,changes_before_backward}.py tests/losses/test_no_hidden_state.py -k "inplace or two_losses"
     $venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels/test_planted_bugs.py
 ) >"$work/others.log" 2>&1 &
 others=$!

@@ -1,5 +1,6 @@
 """Inputs, the two yardsticks (float64 and torch's own composition) and the error criterion."""
 
+import math
 import os
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -11,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdl_kernels import LossStats, pdl_cross_entropy
-from pdl_kernels import backends
+from pdl_kernels import LossStats, backends, pdl_cross_entropy
 from reference.pdl import ReferenceStats, reference_cross_entropy
 
 HALF = (torch.float16, torch.bfloat16)
@@ -63,6 +63,14 @@ def make_weights(kind, V, device="cpu", seed=0):
     else:
         raise ValueError(kind)
     return weights.to(device)
+
+
+def signed_token_weights(*shape, device="cpu"):
+    """Signed, over two orders of magnitude, with an exact zero in the first place."""
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(*shape, generator=generator) * torch.logspace(-1, 1, math.prod(shape)).reshape(shape)
+    u.view(-1)[0] = 0
+    return u.to(device)
 
 
 def confident_logits(rows, V, p, targets, dtype=torch.float32, seed=0):
@@ -207,6 +215,20 @@ def inherited(**more):
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     own.pop("TRITON_INTERPRET", None)
     return {**own, **more}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def assert_error(error, call, *words):
+    """`call` raises exactly this kind of error, and its message has all the words."""
+    with pytest.raises(error) as raised:
+        call()
+    message = str(raised.value)
+    assert raised.type is error, f"{raised.type.__name__}: {message}"
+    for word in words:
+        assert str(word) in message, f"{word!r} is missing in: {message}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
