@@ -13,18 +13,24 @@ VOCABULARIES = (32000, 128256, 262144)
 SHAPES = ",".join(f"{8192 if size < 200000 else 4096}x{size}" for size in VOCABULARIES)
 LINEAR_SHAPE = "8192x4096x128256"
 # The files that meet the kernels, and of those the ones whose every test is about numbers or memory.
-SUITE = (
-    "tests/losses/test_values.py tests/losses/test_autograd.py tests/losses/test_lessons.py "
-    "tests/losses/test_linear_values.py tests/losses/test_linear_autograd.py tests/losses/test_expected_upstream.py "
-    "tests/losses/test_no_hidden_state.py tests/kernels/test_plans.py tests/losses/test_compile.py"
+NUMBERS = "values targets normalizers sizes strides extreme_rows uncounted_rows statistics rounding yardsticks lessons"
+GRADIENTS = "autograd upstream_per_row changes_before_backward gradients_in_place refusals allocations checkpointing"
+SUITE = " ".join(
+    f"tests/{folder}/test_{name}.py"
+    for folder, names in (
+        ("losses", f"{NUMBERS} linear_values no_hidden_state"),
+        ("ops", f"{GRADIENTS} linear_autograd expected_upstream compile"),
+        ("kernels", "plans"),
+    )
+    for name in names.split()
 )
 PYTEST = (
     "{python} -m pytest -q --tb short -p no:benchmark -o cache_dir={work}/pytest --timeout 100 "
     "-p benchmarks.gpu_session.pytest_journal --journal {results}/"
 )
 GPU_TESTS = (
-    " ".join(f"tests/losses/test_{name}.py" for name in ("gpu", "autograd", "errors", "lessons"))
-    + " tests/weights/test_counts.py"
+    " ".join(f"tests/losses/test_{name}.py" for name in ("errors", "modules", "lessons"))
+    + " tests/ops/test_gpu.py tests/weights/test_counts.py"
 )
 DOCTOR = "{python} -m pdl_kernels.cli doctor --check"
 BENCHMARK = "{python} -m benchmarks --no-host --out {results} --rounds 11"
@@ -72,26 +78,26 @@ STAGES = (
     Stage(
         "suite", 130, "do the tests pass on compiled kernels; 16 processes compile and run, 4 run again what failed",
         f"{PYTEST}suite.jsonl -m 'not gpu' -n {{workers}} --dist worksteal {SUITE}",
-        f"{PYTEST}suite.jsonl -m 'not gpu' tests/kernels/test_plans.py -k option",
+        f"{PYTEST}suite.jsonl -m 'not gpu' tests/kernels/test_plans.py -k softcap",
         again=f"{PYTEST}suite.jsonl -m 'not gpu' -n 4 --last-failed --last-failed-no-failures none {SUITE}",
         correctness=True,
     ),
     Stage(
         "gpu tests", 40, "no waiting for the device, CUDA graphs, peak memory, more than 2**31 logits, streams",
         f"{PYTEST}gpu-tests.jsonl -m gpu -n 4 {GPU_TESTS}",
-        f"{PYTEST}gpu-tests.jsonl -m gpu tests/losses/test_gpu.py tests/losses/test_autograd.py",
+        f"{PYTEST}gpu-tests.jsonl -m gpu tests/ops/test_gpu.py",
         correctness=True,
     ),
     Stage(
         "benchmark", 60, "how fast and how large against torch, torch.compile and Liger, with the Triton that is there",
         f"{BENCHMARK} --device cuda --loss logits --dtypes bf16 --shapes {SHAPES}",
-        f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers torch,liger --op forward",
+        f"{BENCHMARK} --device cpu --loss logits --dtypes bf16 --shapes 16x1000 --peers liger --op forward",
     ),
     Stage(
         "compile", 15, "Triton 3.9: compiles what the next stages launch, unless the cache was brought along",
         "{python} -m benchmarks.compile_ahead --cache {cache} --processes {workers}",
-        "TRITON_INTERPRET=0 {python} -m benchmarks.compile_ahead --cache {work}/cache --processes 2 --most 3 "
-        "--vocabularies 9000",
+        "TRITON_INTERPRET=0 {python} -m benchmarks.compile_ahead --cache {work}/cache --processes 1 --most 1 "
+        "--vocabularies 1000",
         kit=True,
     ),
     Stage(
@@ -102,8 +108,8 @@ STAGES = (
     ),
     Stage(
         "repetitions, kit", 15, "Triton 3.9: do 50 runs give the same bits",
-        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/losses/test_gpu.py -k fifty",
-        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/losses/test_gpu.py -k fifty",
+        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/ops/test_gpu.py -k fifty",
+        f"{PYTEST}repetitions-kit.jsonl -m gpu tests/ops/test_gpu.py -k fifty",
         correctness=True, kit=True,
     ),
     Stage(
@@ -125,7 +131,7 @@ STAGES = (
         "linear", 45, "the loss without logits: time and memory against torch and Liger",
         f"{BENCHMARK} --device cuda --loss linear --dtypes bf16 --shapes {LINEAR_SHAPE} --op forward-backward "
         "--rounds 5",
-        f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers torch --op forward-backward",
+        f"{BENCHMARK} --device cpu --loss linear --dtypes bf16 --shapes 16x8x1000 --peers none --op forward-backward",
     ),
     Stage(
         "sanitizer", 35, "out-of-bounds accesses, on the smallest shapes",
@@ -138,7 +144,7 @@ STAGES = (
         "profile", 15, "bandwidth, second-level cache hits and stall reasons of one launch",
         "ncu --set full --clock-control none -k regex:rows_kernel -c 2 --kill yes --log-file {results}/profile.txt "
         "{python} -m benchmarks.sanitized_calls --shape 1056 128256",
-        "{python} -m benchmarks.sanitized_calls --quick --device cpu",
+        "{python} -m benchmarks.sanitized_calls --shape 3 127 --device cpu",
         tool="ncu",
     ),
     Stage(
