@@ -7,7 +7,7 @@ from helpers.autograd import assert_gradient
 from torch.utils._pytree import tree_leaves
 
 from pdl_kernels import pdl_cross_entropy
-from pdl_kernels.eager import cross_entropy as eager
+from pdl_kernels.eager import pieces
 
 
 class _Allocations(Watching):
@@ -36,7 +36,7 @@ ROWS_LARGE, V_LARGE = 1024, 4096
 @pytest.fixture
 def _small_pieces(monkeypatch):
     """On every device, so that the same logits are large."""
-    monkeypatch.setattr(eager, "DEVICE_PIECE_BYTES", eager.CPU_PIECE_BYTES)
+    monkeypatch.setattr(pieces, "DEVICE_PIECE_BYTES", pieces.CPU_PIECE_BYTES)
 
 
 @pytest.mark.usefixtures("_small_pieces")
