@@ -1,0 +1,10 @@
+"""What the tests of data share."""
+
+import pytest
+
+
+@pytest.fixture
+def datasets():
+    module = pytest.importorskip("datasets")
+    module.disable_progress_bars()
+    return module
