@@ -47,7 +47,7 @@ def arrow_tables(dataset: Any, column: str, skipped: int, batch_size: int) -> It
     if names is not None and column not in names:
         raise ValueError(f"column is {column!r}; accepted are the data set's columns {', '.join(map(repr, names))}")
     if skipped and skipped == length(dataset):
-        return  # all were counted before; a data set does not skip its last row
+        return  # all rows were counted before, and `skip` of `datasets` raises an error where it leaves none
     dataset = (dataset.skip(skipped) if skipped else dataset).select_columns([column]).with_format("arrow")
     yield from dataset.iter(batch_size=batch_size)
 
@@ -86,7 +86,7 @@ def labels_of(batch: Any, column: str | int | Callable[[Any], Any]) -> Any:
 def arrow_blocks(column: Any, shift: bool, name: str, first_row: int, place: Place | None = None) -> Iterator[Block]:
     """The ids of an arrow column of lists, one block for each of its chunks; a null row is a sequence without ids.
 
-    Messages call the column `name`, and count its rows from `first_row`, or say what `place` says of a row.
+    Messages name a row by what `place` says of it; without `place`, by `name` and its number, counted from `first_row`.
     """
     import pyarrow as pa
 

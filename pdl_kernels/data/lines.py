@@ -1,9 +1,9 @@
 """Reads files of lines, compressed or not: plain text, JSON lines, and JSON arrays.
 
-These are read here and not by `datasets`, whose readers break promises that counting makes (tried with 5.2). Its JSON
-reader loads the rest of the file into memory when it meets a damaged line, turns texts that look like dates into
-timestamps, writes a column of strings and lists as JSON text, takes a missing key for null, and is slower than this
-one. Its text reader splits texts at a lone carriage return. Neither names the line of an error.
+Not by `datasets`, whose readers of these (tried with 5.2) would miscount or name no line in an error. Its JSON reader
+loads the rest of a file into memory when it meets a damaged line, turns texts that look like dates into timestamps,
+writes a column of strings and lists as JSON text, takes a missing key for null, and is slower than this one. Its text
+reader splits texts at a lone carriage return.
 """
 
 from __future__ import annotations

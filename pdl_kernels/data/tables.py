@@ -195,11 +195,11 @@ class ParquetFiles(SizedTables):
         import pyarrow as pa
 
         datasets = _datasets()
-        # Left to itself it refuses files in which any column has a type that it lacks, such as a map.
+        # Without `features` it refuses a file in which any column has a type that it lacks, such as a map.
         kind = self.metadata(file).schema.to_arrow_schema().field(self.column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         features = datasets.Features.from_arrow_schema(pa.schema([(self.column, kind)]))
-        # All that it writes to its cache is a lock, which opening needs and reading does not.
+        # Opening writes a lock to the cache, and nothing else; reading does without it.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.IterableDataset.from_parquet(
                 str(file), columns=[self.column], features=features, batch_size=batch_size, cache_dir=cache
@@ -252,7 +252,7 @@ class HubDataset(TableFiles):
         super().__init__([name], column)
         datasets = _datasets()
         try:
-            # Resumed work must read the commit that it began with.
+            # All rows come from the commit that `source` names, by which resumed work notices another one.
             commit = huggingface_hub.HfApi().dataset_info(repository).sha
             self.dataset = datasets.load_dataset(
                 repository, configuration, split=split, revision=commit, streaming=True

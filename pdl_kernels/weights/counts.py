@@ -27,6 +27,7 @@ from pdl_kernels.data.labels import (
 )
 from pdl_kernels.data.tokenizers import encoder_of, end_of_text_id, name_of, vocab_size_of
 from pdl_kernels.weights import files
+from pdl_kernels.weights.checks import check_integer
 
 CHECKPOINT_IDS = 20_000_000  # targets between two checkpoints
 FACTS = ("sequences", "rows_read", "tokenizer", "counted")  # attributes that a file holds beside the counts
@@ -59,10 +60,7 @@ class TokenCounts:
     """
 
     def __init__(self, vocab_size: int, *, documents: bool = False, tokenizer: str | None = None) -> None:
-        if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"vocab_size is a {type(vocab_size).__name__}; accepted is an integer >= 1")
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size is {vocab_size}; accepted is an integer >= 1")
+        check_integer("vocab_size", vocab_size, 1)
         self.counts = _zeros(vocab_size)
         self.document_counts = _zeros(vocab_size) if documents else None
         self.sequences = 0
