@@ -34,13 +34,12 @@ from benchmarks import candidates, inputs, sweep
 from benchmarks.gpu_session.paths import cache_of
 from benchmarks.peers.contender import named_error
 from benchmarks.results import write_record
-from benchmarks.roofline.compile import compiled_launches, described_device
+from benchmarks.roofline.compile import compiled_launches, described_device, public_calls_take_any_tensor
 from pdl_kernels import backends
 from pdl_kernels.doctor import correctness
 from pdl_kernels.doctor.cases import RECIPES, Case, cases_for
 from pdl_kernels.kernels import launch
 from pdl_kernels.kernels.planner import RowLaunch
-from pdl_kernels.ops import cross_entropy as operation
 from pdl_kernels.ops.cross_entropy import empty_gradient
 from pdl_kernels.options import LossInputs
 
@@ -113,8 +112,7 @@ def nothing_launched() -> Iterator[Callable[[], int]]:
     """Within, kernels are compiled for TARGET; the function says how many were, and not found in the cache."""
     with (
         compiled_launches(TARGET, cache_known=True),
-        mock.patch.object(backends, "triton_problem", return_value=None),  # tensors stand in for the device's
-        mock.patch.object(operation, "check_targets"),
+        public_calls_take_any_tensor(),
         mock.patch.object(backends, "is_traced", return_value=False),  # as it is with the device's tensors
         mock.patch.object(torch, "autocast", return_value=nullcontext()),  # there is none for "meta"
         sweep.counted_compilations() as compilations,

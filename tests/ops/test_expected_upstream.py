@@ -49,14 +49,14 @@ def test_the_gradient_is_right_whatever_was_expected(backend, expected, dtype, o
     """16-bit logits give the same bits; in float32 the kernels that hold a row round once more."""
     logits, targets, weights = make(dtype)
     tolerance = FLOAT32 if dtype == torch.float32 else {"rtol": 0, "atol": 0}
-    for upstream in (1.0, 0.25, expected):
+    plain = pdl_cross_entropy(logits, targets, weights, backend=backend, **options)
+    for upstream in {1.0, 0.25, expected}:
         if dtype == torch.float16 and abs(upstream) > 100:
             continue  # float16 cannot hold these gradients
-        plain = pdl_cross_entropy(logits, targets, weights, backend=backend, **options)
         loss = pdl_cross_entropy(logits, targets, weights, backend=backend, expected_upstream=expected, **options)
         assert torch.equal(loss, plain)
         got = gradient(loss, logits, upstream)
-        torch.testing.assert_close(got, gradient(plain, logits, upstream), **tolerance)
+        torch.testing.assert_close(got, gradient(plain, logits, upstream, retain_graph=True), **tolerance)
         exact = run_reference(logits, targets, weights, upstream=upstream, **options).gradient
         rounding = 2.0**-7 if INTERPRETED and dtype == torch.bfloat16 else 2 * torch.finfo(dtype).eps
         torch.testing.assert_close(got.cpu().double(), exact, rtol=rounding + 2e-6, atol=1e-6 * abs(upstream))
@@ -234,17 +234,17 @@ def test_the_modules_check_it(make_module):
 
 @pytest.mark.parametrize("accumulate_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("expected", [1.0, 0.25, torch.tensor(-3.0)], ids=str)
+@pytest.mark.parametrize("expected", [0.25, torch.tensor(-3.0)], ids=str)
 def test_the_linear_loss(backend, expected, dtype, accumulate_dtype):
     if accumulate_dtype == torch.float16 and dtype != torch.float16:
         pytest.skip("wider than float16 whatever is asked")
     torch.manual_seed(1)
-    hidden = torch.randn(6, 16).to(dtype).requires_grad_()
+    hidden = torch.randn(3, 16).to(dtype).requires_grad_()
     head = torch.randn(50, 16).to(dtype).requires_grad_()
-    targets = torch.randint(50, (6,))
+    targets = torch.randint(50, (3,))
     if isinstance(expected, torch.Tensor):
         expected = expected.to(hidden.device)
-    options = {"backend": backend, "accumulate_dtype": accumulate_dtype, "chunk_size": 4}
+    options = {"backend": backend, "accumulate_dtype": accumulate_dtype, "chunk_size": 2}
     for upstream in (1.0, 0.25, -3.0):
         found = []
         for number in (1.0, expected):
@@ -266,12 +266,12 @@ def test_the_linear_loss(backend, expected, dtype, accumulate_dtype):
 @pytest.mark.parametrize(
     ("value", "error", "words"),
     [
-        (0, ValueError, "expected_upstream is 0; accepted are finite numbers other than 0"),
+        (0, ValueError, "expected_upstream is 0; accepted is a finite number other than 0, in float32's range"),
         (math.inf, ValueError, "expected_upstream is inf"),
         (math.nan, ValueError, "expected_upstream is nan"),
         (1e-60, ValueError, "in float32's range"),
         (1e60, ValueError, "in float32's range"),
-        ("1", TypeError, "expected_upstream is a str; accepted is a finite number other than 0 or a 0-d tensor"),
+        ("1", TypeError, "expected_upstream is a str; accepted is a finite number other than 0, in float32"),
         (True, TypeError, "expected_upstream is a bool"),
         (None, TypeError, "expected_upstream is a NoneType"),
         (torch.ones(1), ValueError, r"expected_upstream has shape \(1,\)"),
