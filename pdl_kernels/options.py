@@ -5,7 +5,7 @@ Checks, error messages, operators, modules and the table in docs/loss.md follow 
 editors show, the signatures and `LossKeywords`, says it again, and a test compares the two.
 """
 
-import sys
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
 
@@ -15,21 +15,21 @@ from torch import Tensor
 REDUCTIONS = ("mean", "token_mean", "sum", "none")
 BACKENDS = ("auto", "triton", "eager")
 ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LARGEST = sys.float_info.max
-SMALLEST = 5e-324  # above 0
-BELOW_ONE = 1 - 2**-53
 FLOAT32 = torch.finfo(torch.float32)
-SCHEMA_TYPES = {int: "int", float: "float", str: "str", bool: "bool", torch.dtype: "ScalarType"}
+# Integers may be symbols, so that another value needs no compilation.
+SCHEMA_TYPES = {int: "SymInt", float: "float", str: "str", bool: "bool", torch.dtype: "ScalarType"}
 
 
 class Option(NamedTuple):
     """What is declared of an option beside its name, type and default."""
 
     help: str  # one line
-    accepted: str = ""  # ends every error message about it; empty: anything that is true or false
-    low: float = -LARGEST
-    high: float = LARGEST
-    of: Callable[[Any], Any] | None = None  # what of the value lies between them; None: the value
+    accepted: str = ""  # ends every error message about it; empty: any object, whose truth counts
+    low: float = -math.inf
+    high: float = math.inf
+    low_is_accepted: bool = True
+    high_is_accepted: bool = False
+    measure: Callable[[Any], Any] | None = None  # what of the value lies between low and high; None: the value itself
     choices: tuple[Any, ...] | None = None  # instead of a range
 
 
@@ -70,7 +70,7 @@ class LossOptions(NamedTuple):
             "targets of this value contribute exactly 0, and their logits are not read",
             "an integer of 64 bits",
             low=-(2**63),
-            high=2**63 - 1,
+            high=2**63,
         ),
     ] = -100
     reduction: Annotated[
@@ -82,7 +82,14 @@ class LossOptions(NamedTuple):
         ),
     ] = "mean"
     label_smoothing: Annotated[
-        float, Option("torch's; its term uses the weight of every class", "a number from 0 to 1", low=0, high=1)
+        float,
+        Option(
+            "torch's; its term uses the weight of every class",
+            "a number from 0 to 1",
+            low=0,
+            high=1,
+            high_is_accepted=True,
+        ),
     ] = 0.0
     z_loss: Annotated[
         float,
@@ -93,12 +100,13 @@ class LossOptions(NamedTuple):
         Option(
             "`softcap * tanh(z / softcap)`, after `logit_scale`",
             "a finite number > 0, or None for no cap",
-            low=SMALLEST,
+            low=0,
+            low_is_accepted=False,
         ),
     ] = None
-    logit_scale: Annotated[float, Option("multiplies the logits, in float32", "a finite number > 0", low=SMALLEST)] = (
-        1.0
-    )
+    logit_scale: Annotated[
+        float, Option("multiplies the logits, in float32", "a finite number > 0", low=0, low_is_accepted=False)
+    ] = 1.0
     return_stats: Annotated[bool, Option("also return `LossStats`: what to log beside a weighted loss")] = False
 
 
@@ -131,13 +139,13 @@ class LinearOptions(NamedTuple):
             "leave light tokens out of the backward products at random, without bias: see below",
             "a number >= 0 and < 1",
             low=0,
-            high=BELOW_ONE,
+            high=1,
         ),
     ] = 0.0
 
 
 class CallOptions(NamedTuple):
-    """What a call is given beside the options that change its numbers; not every one of them fits either loss."""
+    """What a call is given beside what changes its numbers. `inplace` exists for the loss on logits alone."""
 
     normalizer: Annotated[
         float | Tensor | None,
@@ -154,7 +162,8 @@ class CallOptions(NamedTuple):
             "a finite number other than 0, in float32's range, or a 0-d tensor",
             low=FLOAT32.smallest_normal,  # kernels divide by it
             high=FLOAT32.max,
-            of=abs,
+            high_is_accepted=True,
+            measure=abs,
         ),
     ] = 1.0
     inplace: Annotated[bool, Option("the gradient may overwrite the logits")] = False

@@ -21,7 +21,7 @@ from pdl_kernels.options import (
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int32, torch.int64)
 TORCH_NAMES = {"weight": "weights", "target": "targets", "input": "logits"}
-KINDS = {int: int, float: Real, bool: bool}  # what stands for a declared type
+KINDS = {int: int, float: Real, bool: bool}  # classes that are accepted where an option declares a type
 
 Options = TypeVar("Options", bound=tuple[Any, ...])  # LossOptions, LinearOptions or CallOptions
 
@@ -50,7 +50,12 @@ def check_options(options: Options) -> Options:
         elif not given or isinstance(value, (bool, Tensor)):
             accepted = True
         else:
-            accepted = option.low <= (value if option.of is None else option.of(value)) <= option.high
+            measured = value if option.measure is None else option.measure(value)
+            accepted = (
+                option.low < measured < option.high
+                or (option.low_is_accepted and measured == option.low)
+                or (option.high_is_accepted and measured == option.high)
+            )
         if not accepted:
             error = TypeError if declared.kind is torch.dtype else ValueError
             raise error(f"{declared.name} is {value!r}; accepted is {option.accepted}")
@@ -70,6 +75,8 @@ def _of_kind(declared: Declared, value: Any) -> Any:
         _check_scalar(declared.name, value)
     elif isinstance(value, bool) or not isinstance(value, KINDS[declared.kind]):
         raise TypeError(f"{declared.name} is a {type(value).__name__}; accepted is {declared.option.accepted}")
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return float(value)  # numpy's scalars would be compared in their own dtype, which rounds the bounds
     return value
 
 
@@ -81,7 +88,7 @@ def _check_scalar(name: str, value: Tensor) -> None:
 
 
 def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
-    """What its declaration does not say."""
+    """Combinations and tensors that are refused."""
     if normalizer is None:
         return
     if reduction != "mean":
@@ -91,7 +98,7 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
 
 
 def check_row_sampling(linear: LinearOptions, options: LossOptions) -> None:
-    """What it cannot be combined with."""
+    """Options that row_sampling refuses."""
     if linear.row_sampling > 0 and options.z_loss > 0:
         raise ValueError(
             f"row_sampling is {linear.row_sampling} with z_loss {options.z_loss}; accepted is one of them: a row's "

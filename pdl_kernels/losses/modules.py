@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from pdl_kernels.options import (
 PER_CALL = ("token_weights", "bias", "seed")  # given to `forward` alone
 
 
-def _takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Show these options in the signature of an `__init__`, fill in their defaults, and refuse other names."""
+Initialise = TypeVar("Initialise", bound=Callable[..., None])
+
+
+def _with_options_of(function: Callable[..., Any]) -> Callable[[Initialise], Initialise]:
+    """Give an `__init__` the options of `function`: its signature, its defaults, and a TypeError for other names."""
     weights, *rest = (
         parameter
         for name, parameter in inspect.signature(function).parameters.items()
@@ -32,7 +35,7 @@ def _takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., N
     )
     defaults = {parameter.name: parameter.default for parameter in rest}
 
-    def decorate(initialise: Callable[..., None]) -> Callable[..., None]:
+    def decorate(initialise: Initialise) -> Initialise:
         @functools.wraps(initialise)
         def __init__(self: Any, weights: Tensor | None = None, **options: Any) -> None:  # noqa: N807
             checks.check_names(type(self).__name__, {name: None for name in options if name not in defaults})
@@ -40,7 +43,7 @@ def _takes_options_of(function: Callable[..., Any]) -> Callable[[Callable[..., N
 
         self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         __init__.__signature__ = inspect.Signature([self_parameter, weights, *rest])  # type: ignore[attr-defined]
-        return __init__
+        return cast(Initialise, __init__)
 
     return decorate
 
@@ -66,7 +69,8 @@ class _WeightedLoss(nn.Module):
             checks.check_weight_table(weights)
             weights = weights.detach().to(torch.float32, copy=True)
         self.register_buffer("weights", weights, persistent=False)
-        self.options = options
+        shown = (*LossOptions._fields, "backend", "expected_upstream", "inplace", *LinearOptions._fields)
+        self.options = {name: options[name] for name in shown if name in options}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_WeightedLoss":
         before = self.weights
@@ -110,7 +114,7 @@ class PDLCrossEntropyLoss(_WeightedLoss):
     6.3808
     """
 
-    @_takes_options_of(pdl_cross_entropy)
+    @_with_options_of(pdl_cross_entropy)
     def __init__(
         self, weights: Tensor | None = None, *, return_stats: bool = False, **options: Unpack[CrossEntropyKeywords]
     ) -> None:
@@ -147,7 +151,7 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
     torch.Size([])
     """
 
-    @_takes_options_of(pdl_linear_cross_entropy)
+    @_with_options_of(pdl_linear_cross_entropy)
     def __init__(
         self, weights: Tensor | None = None, *, return_stats: bool = False, **options: Unpack[LinearKeywords]
     ) -> None:

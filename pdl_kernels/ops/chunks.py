@@ -86,7 +86,6 @@ class Run:
         self.needs = needs
         self.vocab_size, self.hidden_size = inputs.lm_head_weight.shape
         self.accumulate_dtype = torch.promote_types(dtype, linear.accumulate_dtype)
-        self.hidden = inputs.hidden.detach().reshape(-1, self.hidden_size)  # (N, H)
         self.weight = inputs.lm_head_weight.detach().to(dtype)  # (V, H)
         self.bias = None if inputs.bias is None else inputs.bias.detach().to(dtype)  # (V,)
         self.rows = inputs.targets.numel()
@@ -150,13 +149,13 @@ class Run:
         self, rows: Rows, forms_gradients: bool, options: LossOptions, scalars: Tensor
     ) -> tuple[RowOutputs, "_Sums"]:
         """What is found for these rows, and the sums of their gradients."""
-        tokens, hidden = rows.take(self.tokens, self.hidden)
+        tokens, hidden = rows.take(self.tokens, self._hidden_rows())
         hidden = hidden.to(self.dtype)
         end = tokens.targets.numel()
         stats = scalars.new_empty(2, end) if options.return_stats else None
         found = RowOutputs(scalars.new_empty(end), scalars.new_empty(2, end), stats)
         backward_rows = rows.backward if forms_gradients else 0
-        sums = _Sums(self, backward_rows)
+        sums = _Sums(self, backward_rows, self.needs if forms_gradients else (False, False, False))
         for chunk, logits in self._chunks(hidden, (0, backward_rows, end) if forms_gradients else (0, end)):
             gradient = logits if chunk.start < backward_rows else None
             part = self.backend.loss_rows(_rows_of(tokens, chunk, logits), options, scalars, gradient)
@@ -168,6 +167,10 @@ class Run:
                 sums.add(chunk, gradient[0], rows.of_gradient(hidden, chunk))
         return found, sums
 
+    def _hidden_rows(self) -> Tensor:
+        """(N, H), a copy where the leading dimensions cannot be merged: nobody keeps it longer than its rows."""
+        return self.inputs.hidden.detach().reshape(-1, self.hidden_size)
+
     def backward_rows(self, upstream: Tensor, row_state: Tensor, scalars: Tensor) -> Waiting:
         """The gradients of reduction "none" for an upstream gradient (N,) per row."""
         with self._plain_arithmetic():
@@ -178,11 +181,11 @@ class Run:
                 sample = sample_rows(torch.where(kept, factors, 0), *self.sampling)
                 kept, upstream = kept & sample.kept, upstream * sample.scale
             rows = Rows(*pack(kept, kept)) if self.compact else Rows(None, self.rows, unread=~kept)
-            tokens, hidden = rows.take(self.tokens, self.hidden)
+            tokens, hidden = rows.take(self.tokens, self._hidden_rows())
             hidden = hidden.to(self.dtype)
             if rows.positions is not None:
                 upstream, row_state = upstream[rows.positions], row_state[:, rows.positions]
-            sums = _Sums(self, len(hidden))
+            sums = _Sums(self, len(hidden), self.needs)
             for chunk, logits in self._chunks(hidden, (0, len(hidden))):
                 inputs = _rows_of(tokens, chunk, logits)
                 state = row_state[:, chunk].contiguous()
@@ -282,7 +285,7 @@ class Run:
 class _Sums:
     """The gradients while chunks are added to them."""
 
-    def __init__(self, run: Run, rows: int) -> None:
+    def __init__(self, run: Run, rows: int, needs: tuple[bool, ...]) -> None:
         self.run = run
         self.first = True
         make: Callable[..., Tensor] = torch.zeros if rows == 0 else torch.empty
@@ -290,7 +293,7 @@ class _Sums:
             *(
                 make(shape, dtype=run.accumulate_dtype, device=run.inputs.hidden.device) if needed else None
                 for needed, shape in zip(
-                    run.needs,
+                    needs,
                     ((rows, run.hidden_size), (run.vocab_size, run.hidden_size), (run.vocab_size,)),
                     strict=True,
                 )
