@@ -1,4 +1,4 @@
-"""Which kernel runs, in which shape, compiled how: pure functions of sizes, layout, options, device and Triton."""
+"""Which kernel runs, in which shape, compiled how: pure functions of sizes, layout, options and device."""
 
 from typing import Any, NamedTuple
 

@@ -1,10 +1,10 @@
 """The functions a user calls: check, then one operation."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Unpack, overload
 
 from pdl_kernels.losses import checks
 from pdl_kernels.ops import cross_entropy, linear_cross_entropy

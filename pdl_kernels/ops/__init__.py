@@ -1,1 +1,1 @@
-"""Autograd around the backends: one file per operation, saving what backward needs."""
+"""Autograd and torch's operators for both losses, and what the two share."""

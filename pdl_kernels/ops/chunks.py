@@ -17,7 +17,15 @@ from pdl_kernels.backends import backend_module
 from pdl_kernels.ops.cross_entropy import check_targets
 from pdl_kernels.ops.products import add_product
 from pdl_kernels.ops.row_sampling import sample_rows
-from pdl_kernels.ops.row_selection import Rows, Sampling, choose_rows, contributing, differentiated, pack, row_factors
+from pdl_kernels.ops.row_selection import (
+    Rows,
+    Sampling,
+    choose_rows,
+    contributing,
+    differentiated,
+    pack_order,
+    row_factors,
+)
 from pdl_kernels.options import (
     EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,
@@ -48,7 +56,7 @@ class Waiting(NamedTuple):
     """Gradients that wait for their upstream gradient, in the dtype in which they were added up."""
 
     gradients: Gradients
-    positions: Tensor | None  # (M,) the tokens of the rows of gradients.hidden; None: all tokens, in their order
+    positions: Tensor | None  # (M,) which token each row of gradients.hidden belongs to; None: every token, in order
 
 
 def plan_chunk(rows: int, hidden_size: int, vocab_size: int, itemsize: int) -> int:
@@ -180,7 +188,7 @@ class Run:
                 factors = row_factors(self.tokens, self.options, scalars) * upstream
                 sample = sample_rows(torch.where(kept, factors, 0), *self.sampling)
                 kept, upstream = kept & sample.kept, upstream * sample.scale
-            rows = Rows(*pack(kept, kept)) if self.compact else Rows(None, self.rows, unread=~kept)
+            rows = Rows(*pack_order(kept, kept)) if self.compact else Rows(None, self.rows, uncounted=~kept)
             tokens, hidden = rows.take(self.tokens, self._hidden_rows())
             hidden = hidden.to(self.dtype)
             if rows.positions is not None:

@@ -304,7 +304,7 @@ def as_operand(value: Tensor | float | None, like: Tensor) -> Tensor | None:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """A number, or a 0-d tensor on `device`, without waiting for a device."""
+    """A number, or a 0-d tensor on `device`; nobody waits for a GPU unless `device` is the CPU."""
     if value is None or type(value) is float:
         return value
     if not isinstance(value, Tensor) or (value.device.type == "cpu" and device.type != "cpu"):

@@ -1,4 +1,4 @@
-"""What both losses say of gradients: second derivatives raise instead of being silently wrong, settings have none."""
+"""What both losses say of gradients: second derivatives raise, and arguments that are not differentiable get none."""
 
 from typing import Any
 

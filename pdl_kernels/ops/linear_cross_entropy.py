@@ -135,7 +135,7 @@ _SETTINGS = ", ".join(
 
 
 class _Settings(NamedTuple):
-    """What _SETTINGS lists, taken apart."""
+    """The arguments that _SETTINGS names, grouped."""
 
     options: LossOptions
     linear: LinearOptions
@@ -149,7 +149,7 @@ class _Settings(NamedTuple):
         return Run(inputs, self.options, self.linear, backend, self.dtype, self.needs)
 
 
-def _taken_apart(settings: Sequence[Any]) -> _Settings:
+def _parse_settings(settings: Sequence[Any]) -> _Settings:
     first, second = len(DECLARED[LossOptions]), len(DECLARED[LossOptions]) + len(DECLARED[LinearOptions])
     options, linear = LossOptions(*settings[:first]), LinearOptions(*settings[first:second])
     backend, dtype, *needs = settings[second:]
@@ -171,7 +171,7 @@ def _forward(
 
     The gradient of hidden has a row for every token here: how many contribute is not known to the compiler.
     """
-    taken = _taken_apart(settings)
+    taken = _parse_settings(settings)
     run = taken.run(hidden, lm_head_weight, bias, targets, weights, token_weights, seed, normalizer)
     outputs, (gradients, positions) = run.forward()
     if taken.options.reduction == "none":
@@ -192,7 +192,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     flops.share_formulas()  # with whoever counts a graph that is recorded here
     _, _, _, _, *settings = arguments
-    options, linear, _, dtype, (needs_hidden, needs_weight, needs_bias) = _taken_apart(settings)
+    options, linear, _, dtype, (needs_hidden, needs_weight, needs_bias) = _parse_settings(settings)
     per_row = options.reduction == "none"
     result = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.promote_types(dtype, linear.accumulate_dtype)
@@ -225,7 +225,7 @@ def _backward(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for `upstream`, from those that forward has formed if it has formed all that are needed."""
-    tensors, settings = arguments[:7], _taken_apart(arguments[7:])
+    tensors, settings = arguments[:7], _parse_settings(arguments[7:])
     per_row = settings.options.reduction == "none"
     wanted = [parameter if needed else None for parameter, needed in zip(tensors[:3], settings.needs, strict=True)]
     pairs = list(zip(wanted, (to_hidden, to_weight, to_bias), strict=True))

@@ -12,18 +12,18 @@ from pdl_kernels.options import WEIGHT_TOTAL, LossInputs, LossOptions, RowOutput
 class Rows(NamedTuple):
     """The M of N tokens that are multiplied by the weight, those of the backward products first."""
 
-    positions: Tensor | None  # (M,) of these rows among all tokens; None: all tokens, where they are
+    positions: Tensor | None  # (M,) index of each row among the N tokens; None: every token, in order
     backward: int  # so many of them, the first ones, enter the backward products
     scale: Tensor | None = None  # (M,) what the factor of a sampled row is multiplied by
-    unread: Tensor | None = None  # (N,) bool: tokens that do not count, whose hidden states may hold nan
-    only_read: Tensor | None = None  # (N,) bool: tokens that the statistics read and that have no gradient
+    uncounted: Tensor | None = None  # (N,) bool: tokens that do not count, whose hidden states may hold nan
+    without_gradient: Tensor | None = None  # (N,) bool: tokens that the statistics read and that have no gradient
 
     def take(self, tokens: LossInputs, hidden: Tensor) -> tuple[LossInputs, Tensor]:
         """These rows of the tokens and of the (N, H) hidden states; sampled rows weigh more."""
         u = tokens.token_weights
         if self.positions is None:
-            # 0 * nan would carry the nan of an unread row into the weight's gradient.
-            hidden = hidden if self.unread is None else torch.where(self.unread[:, None], 0, hidden)
+            # 0 * nan would carry the nan of an uncounted row into the weight's gradient.
+            hidden = hidden if self.uncounted is None else torch.where(self.uncounted[:, None], 0, hidden)
         else:
             u = None if u is None else u[self.positions]
             tokens = tokens._replace(
@@ -36,7 +36,11 @@ class Rows(NamedTuple):
 
     def of_gradient(self, hidden: Tensor, chunk: slice) -> Tensor:
         """The hidden states of one chunk as the gradient of the weight sees them."""
-        return hidden[chunk] if self.only_read is None else torch.where(self.only_read[chunk, None], 0, hidden[chunk])
+        return (
+            hidden[chunk]
+            if self.without_gradient is None
+            else torch.where(self.without_gradient[chunk, None], 0, hidden[chunk])
+        )
 
     def among_all(self, found: RowOutputs, rows: int) -> RowOutputs:
         """What was found for these rows among all `rows`; 0 for the others."""
@@ -74,9 +78,9 @@ def choose_rows(
         sample = sample_rows(torch.where(kept, row_factors(tokens, options, scalars), 0), *sampling)
         kept, scale = kept & sample.kept, sample.scale
     if not compact:
-        only_read = None if differentiable is read else read & ~differentiable
-        return Rows(None, tokens.targets.numel(), unread=~read, only_read=only_read)
-    positions, backward = pack(read, kept)
+        without_gradient = None if differentiable is read else read & ~differentiable
+        return Rows(None, tokens.targets.numel(), uncounted=~read, without_gradient=without_gradient)
+    positions, backward = pack_order(read, kept)
     return Rows(positions, backward, scale if scale is None or positions is None else scale[positions])
 
 
@@ -116,8 +120,8 @@ def _target_weights(tokens: LossInputs, weights: Tensor) -> tuple[Tensor, Tensor
     return is_class, weights[torch.where(is_class, y, 0)]
 
 
-def pack(read: Tensor, kept: Tensor) -> tuple[Tensor | None, int]:
-    """The positions of the rows that are read, those that are kept first, and how many these are. None: all rows.
+def pack_order(read: Tensor, kept: Tensor) -> tuple[Tensor | None, int]:
+    """The positions of the rows that are read, the kept ones first, and how many are kept. None: every row is kept.
 
     It reads two numbers back from the device, at once.
     """

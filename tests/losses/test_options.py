@@ -1,13 +1,15 @@
 """Options are declared once, in options.py. Signatures, keywords, modules, operators and pages agree with it."""
 
 import inspect
+import math
 import re
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from typing_extensions import get_overloads
 
 from pdl_kernels import (
     PDLCrossEntropyLoss,
@@ -82,7 +84,8 @@ def test_editors_are_shown_what_is_declared(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_overload_takes_the_same(loss):
     function, _, keywords, *_ = LOSSES[loss]
-    overloads = typing.get_overloads(function) if hasattr(typing, "get_overloads") else []
+    overloads = get_overloads(function)
+    assert len(overloads) == 3
     for overload in overloads:
         named = {name for name in keywords_of(overload) if name != "return_stats"}
         assert named == PER_CALL & set(keywords_of(function))
@@ -90,16 +93,51 @@ def test_every_overload_takes_the_same(loss):
         assert rest is keywords
 
 
+OTHER_VALUES = {
+    "ignore_index": 3, "reduction": "mean", "label_smoothing": 0.25, "z_loss": 0.0, "softcap": 5.0, "logit_scale": 0.5,
+    "return_stats": True, "normalizer": 7.0, "expected_upstream": 2.0, "inplace": True, "backend": "eager",
+    "chunk_size": 4, "accumulate_dtype": torch.float64, "compact": True, "row_sampling": 0.5,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_module_takes_what_its_function_takes(loss):
-    function, module, *_ = LOSSES[loss]
-    weights, *options = inspect.signature(module).parameters.values()
-    assert weights.name == "weights"
-    assert weights.default is None
-    assert {one.name: one.default for one in options} == {
-        name: one.default for name, one in keywords_of(function).items() if name not in PER_CALL
-    }
-    assert all(name in inspect.getdoc(module) for name in declared_for(loss))
+    _, module, *_ = LOSSES[loss]
+    given = {name: OTHER_VALUES[name] for name in declared_for(loss)}
+    criterion = module(torch.ones(3), **given)
+    assert {**criterion.options, "normalizer": criterion.normalizer} == given
+    names = list(inspect.signature(module).parameters)
+    assert names[0] == "weights"
+    assert set(names[1:]) == set(given)
+    arguments = inspect.getdoc(module).split("Args:")[1].split("`forward(")[0]
+    assert set(re.findall(r"\w+", arguments)) >= set(given)
+
+
+def test_a_module_shows_itself():
+    assert repr(PDLCrossEntropyLoss(torch.ones(3), softcap=30.0)) == (
+        "PDLCrossEntropyLoss(weights=(3,), ignore_index=-100, reduction='mean', label_smoothing=0.0, z_loss=0.0, "
+        "softcap=30.0, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, inplace=False)"
+    )
+    assert repr(PDLLinearCrossEntropyLoss()) == (
+        "PDLLinearCrossEntropyLoss(weights=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, z_loss=0.0, "
+        "softcap=None, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, chunk_size=None, "
+        "accumulate_dtype=torch.float32, compact=None, row_sampling=0.0)"
+    )
+
+
+def test_type_checkers_see_what_a_module_takes(tmp_path):
+    api = pytest.importorskip("mypy.api", reason="the extra dev is not installed")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pdl_kernels import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss\n"
+        "PDLCrossEntropyLoss(z_loss=1e-4, return_stats=True)\n"
+        "PDLCrossEntropyLoss(z_loss='a')\n"
+        "PDLLinearCrossEntropyLoss(None, 2)\n"
+        "PDLCrossEntropyLoss(chunk_size=3)\n"
+    )
+    output, _, _ = api.run(["--config-file", str(ROOT / "pyproject.toml"), str(program)])
+    lines = [int(line) for line in re.findall(r"program\.py:(\d+): error", output)]
+    assert sorted(set(lines)) == [3, 4, 5], output
 
 
 def test_a_module_keeps_its_options_and_refuses_others():
@@ -111,20 +149,23 @@ def test_a_module_keeps_its_options_and_refuses_others():
         PDLCrossEntropyLoss(chunk_size=3)
 
 
+LOSS_SCHEMA = (
+    "SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
+    "bool return_stats, "
+)
+LINEAR_SCHEMA = "SymInt? chunk_size, ScalarType accumulate_dtype, bool? compact, float row_sampling, "
+
+
 @pytest.mark.parametrize("operator", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("direction", ["", "_backward"])
 def test_an_operator_takes_what_is_declared(operator, direction):
-    schema = getattr(torch.ops.pdl_kernels, operator + direction).default._schema
-    kinds = (LossOptions, LinearOptions) if operator.startswith("linear") else (LossOptions,)
-    expected = [one.name for kind in kinds for one in DECLARED[kind]]
-    names = [argument.name for argument in schema.arguments]
-    start = names.index("ignore_index")
-    assert names[start : start + len(expected)] == expected
-    assert names[start + len(expected)] == "backend"
+    schema = str(getattr(torch.ops.pdl_kernels, operator + direction).default._schema)
+    expected = LOSS_SCHEMA + (LINEAR_SCHEMA if operator.startswith("linear") else "") + "str backend"
+    assert f", {expected}" in schema
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_docstring_and_the_page_name_every_option(loss):
+def test_the_docstring_names_every_option(loss):
     docstring = inspect.getdoc(LOSSES[loss][0])
     # The fused loss explains what it has beyond the other one.
     own = set(declared_for("linear")) - set(declared_for("logits")) if loss == "linear" else set(declared_for(loss))
@@ -160,8 +201,39 @@ def test_the_tables_of_options_are_the_declarations(page, names):
     assert found == expected, "\n".join(["the table should be", *expected])
 
 
-def test_declared_types_are_what_a_schema_can_say():
-    for kind in (LossOptions, LinearOptions):
-        for one in DECLARED[kind]:
-            assert Tensor not in typing.get_args(annotation_of(one))
-            assert one.schema.endswith(f" {one.name}")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "name", ["label_smoothing", "z_loss", "softcap", "logit_scale", "normalizer", "expected_upstream"]
+)
+def test_numbers_of_numpy_are_numbers(name, kind):
+    """Their own comparison would round the bounds to their dtype: 5e-324 to 0, the largest float to inf."""
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    expected = pdl_cross_entropy(logits, targets, **{name: 0.5})
+    assert torch.equal(pdl_cross_entropy(logits, targets, **{name: kind(0.5)}), expected)
+    refused = [math.inf, math.nan, -1.0, *([0.0] if name in ("softcap", "logit_scale", "expected_upstream") else [])]
+    for value in refused:
+        if name == "expected_upstream" and value == -1:
+            continue
+        with pytest.raises(ValueError, match=f"{name} is "):
+            pdl_cross_entropy(logits, targets, **{name: kind(value)})
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_bounds_are_open_or_closed_as_declared(bound):
+    logits, targets = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    pdl_cross_entropy(logits, targets, label_smoothing=bound)
+    hidden, head = torch.randn(3, 4), torch.randn(5, 4)
+    if bound == 1:
+        with pytest.raises(ValueError, match="row_sampling is 1"):
+            pdl_linear_cross_entropy(hidden, head, targets, row_sampling=bound)
+    else:
+        pdl_linear_cross_entropy(hidden, head, targets, row_sampling=bound)
+    for beside in (-1e-300, 1 + 2**-52):
+        with pytest.raises(ValueError, match="label_smoothing is"):
+            pdl_cross_entropy(logits, targets, label_smoothing=beside)
+    for ignored in (-(2**63), 2**63 - 1):
+        pdl_cross_entropy(logits, targets, ignore_index=ignored)
+    for outside in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match="ignore_index is"):
+            pdl_cross_entropy(logits, targets, ignore_index=outside)
