@@ -98,6 +98,28 @@ def test_one_graph_for_many_numbers_of_rows(reduction, device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "static once, then dynamic"
 
 
+def test_settings_that_follow_a_size_are_symbols(device):
+    """`chunk_size` from a number of rows and an `ignore_index` that changes: no graph for each of their values."""
+
+    def step(hidden, weight, bias, targets, ignore_index):
+        return pdl_linear_cross_entropy(
+            hidden, weight, targets, bias=bias, backend="eager", chunk_size=hidden.shape[0] // 2,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for rows in range(4, 14, 2):
+        ignore_index = -rows
+        problem = make_problem(rows, device=device, ignored=(1,), ignore_index=ignore_index)
+        found = []
+        for function in (step, compiled):
+            tensors = leaves(problem)
+            loss = function(*tensors, problem.targets, ignore_index)
+            found.append([loss.detach(), *torch.autograd.grad(loss, tensors)])
+        assert_all_close(found[1], found[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "static once, then dynamic"
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
     "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, False)],

@@ -164,6 +164,45 @@ def test_the_gradients_are_released_with_backward(device):
     assert kept < WIDE_V * WIDE_H * 4 / 2
 
 
+@pytest.mark.parametrize(
+    ("reduction", "ignored", "forward", "backward"),
+    [("mean", 0, 2, 0), ("mean", 128, 1.5, 1), ("none", 0, 1, 2), ("none", 128, 1.5, 1.5)],
+)
+def test_hidden_states_with_gaps_are_copied_only_where_rows_are_taken(reduction, ignored, forward, backward, device):
+    """`hidden[:, :-1]`: one copy, gone once its rows are packed, beside gradients; none to scale what waits.
+
+    `forward` and `backward` count hidden states of all tokens; a quarter of one is left for all the rest.
+    """
+    tokens, wide_H = 256, 256
+    problem = make_problem(4, tokens // 4 + 1, H=wide_H, device=device)
+    targets = problem.targets[:, 1:].clone()
+    targets.view(-1)[:ignored] = -100
+    whole, weight, bias = leaves(problem)
+    hidden = whole[:, :-1]
+    with LiveMemory() as memory:
+        loss = pdl_linear_cross_entropy(
+            hidden, weight, targets, bias=bias, reduction=reduction, chunk_size=16, backend="eager"
+        ).sum()
+    unit = tokens * wide_H * 4  # bytes
+    assert memory.peak <= (forward + 0.25) * unit
+    with LiveMemory() as memory:
+        torch.autograd.grad(loss, hidden)
+    assert memory.peak <= (backward + 0.25) * unit
+
+
+def test_losses_per_token_form_no_gradient_in_forward(device):
+    """With "none", backward forms them: not even zeros for the weight before."""
+    problem = wide_problem(64, device=device)
+    hidden, weight, bias = leaves(problem)
+    with Allocations() as allocations:
+        loss = pdl_linear_cross_entropy(
+            hidden, weight, problem.targets, bias=bias, reduction="none", chunk_size=4, backend="eager"
+        )
+    assert loss.requires_grad
+    largest = max(tensor.untyped_storage().nbytes() for tensor in allocations.made)
+    assert largest < WIDE_V * WIDE_H * 4
+
+
 @pytest.mark.parametrize("accumulate_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_accumulate_dtype_decides_what_waits(accumulate_dtype, device):
     problem = wide_problem(64, dtype=torch.bfloat16, device=device)
