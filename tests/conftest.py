@@ -52,7 +52,7 @@ def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         from helpers import quick_interpreter
 
-        quick_interpreter.prepare_once_a_launch()
+        quick_interpreter.speed_up()
     # numpy, under Triton's interpreter, reports every exp2 of a large negative number.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

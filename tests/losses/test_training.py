@@ -36,7 +36,7 @@ class Bigram(torch.nn.Module):
 
 def train(loss_function, device, rows_per_step, steps=200):
     model = Bigram().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2 / steps)
     contexts, targets = (t.to(device) for t in corpus(steps * rows_per_step))
     weights = power_law_weights(torch.bincount(targets, minlength=V), alpha=0.7, eps=1.0)
     curve = []
@@ -52,14 +52,18 @@ def train(loss_function, device, rows_per_step, steps=200):
 
 def test_same_curve_as_the_reference(backend, device):
     interpreted = backend == "triton" and device.type == "cpu"
-    rows = 4 if interpreted else ROWS  # the interpreter takes some 30 ms a row
-    ours, model = train(lambda z, y, w: pdl_cross_entropy(z, y, w, backend=backend, logit_scale=0.9), device, rows)
+    rows, steps = (4, 80) if interpreted else (ROWS, 200)  # the interpreter takes some 30 ms a row
+    ours, model = train(
+        lambda z, y, w: pdl_cross_entropy(z, y, w, backend=backend, logit_scale=0.9), device, rows, steps
+    )
     expected, reference_model = train(
         lambda z, y, w: reference_cross_entropy(z.cpu(), y.cpu(), w.cpu(), logit_scale=0.9)[0].float().to(device),
         device,
         rows,
+        steps,
     )
-    assert expected[-50:].mean() < 0.8 * expected[:50].mean(), "nothing was learnt"
+    quarter = steps // 4
+    assert expected[-quarter:].mean() < 0.8 * expected[:quarter].mean(), "nothing was learnt"
     torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(model.head.detach(), reference_model.head.detach(), rtol=2e-2, atol=2e-2)
 
