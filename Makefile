@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test test-compiled weights bench roofline lint test-oldest test-triton-3.6 clean
+.PHONY: help demo test test-compiled weights bench rehearsal roofline lint test-oldest test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes);"
@@ -13,6 +13,7 @@ help:
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
+	@echo "make rehearsal        run every stage of a session on a GPU, small, on a CPU (3 minutes)"
 	@echo "make lint             ruff and mypy, as pre-commit and CI run them"
 	@echo "make test-triton-3.6  compile every kernel with the oldest supported Triton, in a second environment"
 	@echo "make test-oldest      run the tests with the oldest supported torch, Triton and numpy (Python 3.12)"
@@ -45,6 +46,10 @@ bench:
 roofline:
 	scripts/setup.sh test benchmark
 	$(VENV)/bin/python -m benchmarks.roofline --quick
+
+rehearsal:
+	scripts/setup.sh test training cli dev
+	$(VENV)/bin/python -m pytest -m rehearsal
 
 lint:
 	scripts/setup.sh test training cli dev

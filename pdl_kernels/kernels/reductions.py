@@ -70,8 +70,8 @@ def denominators_kernel(
         denominator_z = denominator
     tl.store(scalars + INVERSE_DENOMINATOR, tl.where(denominator == 0.0, 0.0, 1.0 / denominator))
     tl.store(scalars + INVERSE_Z_DENOMINATOR, tl.where(denominator_z == 0.0, 0.0, 1.0 / denominator_z))
-    tl.store(scalars + 3, 0.0)  # the statistics, unless reduce_rows_kernel fills them in
-    tl.store(scalars + 4, 0.0)
+    tl.store(scalars + NLL, 0.0)  # unless reduce_rows_kernel fills them in
+    tl.store(scalars + ACCURACY, 0.0)
     tl.store(scalars + WEIGHT_SUM, weight_sum)
     if EXPECTED_IS_NUMBER:
         expected = tl.full((), expected_upstream, tl.float32)

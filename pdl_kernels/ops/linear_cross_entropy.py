@@ -88,7 +88,8 @@ class _Call:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, lm_head_weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-        ctx.needs = tuple(ctx.needs_input_grad[:3])
+        *needs, _ = ctx.needs_input_grad
+        ctx.needs = tuple(needs)
         outputs, ctx.waiting = call.run(ctx.needs).forward()
         call.outputs = outputs
         ctx.settings = (call.options, call.linear, call.backend, call.dtype, ctx.needs)
@@ -101,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * 4
+            return no_gradients(ctx, after=0)
         backends.refuse_transforms(f"the backward of {NAME}", upstream)
         *tensors, row_state, scalars = ctx.saved_tensors
         run = Run(LinearInputs(*tensors), *ctx.settings)
@@ -227,7 +228,8 @@ def _backward(
     """The gradients for `upstream`, from those that forward has formed if it has formed all that are needed."""
     tensors, settings = arguments[:7], _parse_settings(arguments[7:])
     per_row = settings.options.reduction == "none"
-    wanted = [parameter if needed else None for parameter, needed in zip(tensors[:3], settings.needs, strict=True)]
+    parameters = LinearInputs(*tensors).parameters
+    wanted = [parameter if needed else None for parameter, needed in zip(parameters, settings.needs, strict=True)]
     pairs = list(zip(wanted, (to_hidden, to_weight, to_bias), strict=True))
     # Where the call was recorded, fewer gradients may have been needed than here: then they do not wait.
     if not per_row and all(p is None or gradient.numel() == p.numel() for p, gradient in pairs):
@@ -278,7 +280,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _operator_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:3]
+    needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    needs = needs_hidden, needs_weight, needs_bias
     *tensors, row_state, scalars, to_hidden, to_weight, to_bias = ctx.saved_tensors
     gradients = _backward_operator(
         upstream, to_hidden, to_weight, to_bias, row_state, scalars, *tensors, *ctx.settings, *needs

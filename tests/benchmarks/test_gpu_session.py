@@ -39,6 +39,7 @@ def test_the_stages_fit_one_call():
         assert f"{stage.seconds} s  {stage.answers}" in output
 
 
+@pytest.mark.rehearsal
 @pytest.mark.timeout(900)
 def test_the_rehearsal_runs_every_stage(tmp_path):
     pytest.importorskip("typer")
