@@ -51,13 +51,13 @@ CALLS = {
 TARGET_LOGIT = "        x_y = tl.load(logits_row + y.to(tl.int64)).to(tl.float32)\n"
 AFTER_EXCHANGE = "        row_sixteen, row_upper_half = opaque_constants(row_sum)\n"
 TARGET_STORE = """\
-                tl.store(
-                    gradient_interior + target_chunk + index,
-                    values.to(gradient.dtype.element_ty),
-                    mask=index == column - target_chunk,
-                )
+        tl.store(
+            gradient_interior + target_chunk + index,
+            values.to(gradient_row.dtype.element_ty),
+            mask=index == column - target_chunk,
+        )
 """
-SCALAR_STORE = "                tl.store(gradient_row + y, g_y.to(gradient.dtype.element_ty))\n"
+SCALAR_STORE = "        tl.store(gradient_row + y, g_y.to(gradient_row.dtype.element_ty))\n"
 OWN_LOGIT = "        x_y = tl.load(logits_row + y.to(tl.int64) * stride_column, mask=owns, other=0.0).to(tl.float32)\n"
 ANY_LOGIT = OWN_LOGIT.replace(", mask=owns, other=0.0", "")
 
