@@ -13,7 +13,7 @@ help:
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
-	@echo "make rehearsal        run every stage of a session on a GPU, small, on a CPU (3 minutes)"
+	@echo "make rehearsal        prepare a session on a GPU and run its stages, small, on a CPU (5 minutes)"
 	@echo "make lint             ruff and mypy, as pre-commit and CI run them"
 	@echo "make test-triton-3.6  compile every kernel with the oldest supported Triton, in a second environment"
 	@echo "make test-oldest      run the tests with the oldest supported torch, Triton and numpy (Python 3.12)"

@@ -34,6 +34,7 @@ def load_script(name):
     return module
 
 
+@pytest.mark.rehearsal
 @pytest.mark.timeout(600)
 def test_a_second_process_finds_every_entry(tmp_path):
     cache, report = tmp_path / "cache", tmp_path / "ahead.json"
