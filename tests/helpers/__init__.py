@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from importlib import metadata
 from typing import Any, NamedTuple
 from unittest import mock
@@ -17,6 +18,9 @@ from reference.pdl import ReferenceStats, reference_cross_entropy
 
 HALF = (torch.float16, torch.bfloat16)
 INTERPRETED = not torch.cuda.is_available()
+needs_compiler = pytest.mark.skipif(
+    not torch.cuda.is_available() and shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
+)
 
 # A confident row's loss is log(1 + tiny): the roundings of that float32 sum are all that is left of it, in torch as
 # here, and chance decides whose are smaller. Sums over threads round a few times near 1.

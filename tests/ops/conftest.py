@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo
 from helpers import make_logits, make_targets, make_weights, run_reference
 from helpers.autograd import N, V
 
@@ -28,3 +29,12 @@ def _no_operators(monkeypatch):
 
     monkeypatch.setattr(logits_operation, "_forward_operator", refuse)
     monkeypatch.setattr(linear_operation, "_forward_operator", refuse)
+
+
+@pytest.fixture
+def _fresh_compiler():
+    """torch.compile without what it compiled before, and with its counters at 0."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

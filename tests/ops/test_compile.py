@@ -1,26 +1,15 @@
 """torch.compile: whole graphs, static and dynamic shapes, the same numbers; and the operators behind it."""
 
-import shutil
-
 import pytest
 import torch
 import torch._dynamo
+from helpers import needs_compiler
 
 from pdl_kernels import PDLCrossEntropyLoss, pdl_cross_entropy
 
 V = 50
-needs_compiler = pytest.mark.skipif(
-    not torch.cuda.is_available() and shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
-)
+pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 TRACED = pytest.mark.needs_driver(reason="torch's tracing asks a driver for the current stream")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def inputs(rows, device, seed=0):

@@ -1,27 +1,15 @@
 """torch.compile of the fused linear loss: one operator in one graph, the same numbers; and the operators behind it."""
 
-import shutil
-
 import pytest
 import torch
 import torch._dynamo
-from helpers import make_weights
+from helpers import make_weights, needs_compiler
 from helpers.linear import V, leaves, make_problem, make_token_weights
 
 from pdl_kernels import PDLLinearCrossEntropyLoss, pdl_linear_cross_entropy
 
 N = 5
-needs_compiler = pytest.mark.skipif(
-    not torch.cuda.is_available() and shutil.which("g++") is None, reason="torch.compile on CPU needs a C++ compiler"
-)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("_fresh_compiler")
 
 
 OPTIONS = {
