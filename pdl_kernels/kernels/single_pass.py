@@ -144,7 +144,7 @@ def lane_maxima(chunks, dtype: tl.constexpr, VARIANT: tl.constexpr):
     cut off once, from the largest word, instead of from every word.
     """
     WORDS: tl.constexpr = VARIANT.vector // 2
-    CHUNKS: tl.constexpr = VARIANT.chunks
+    CHUNKS: tl.constexpr = VARIANT.chunks  # named: Triton 3.6 takes no field of a tuple as the end of a range
     if dtype == tl.bfloat16:
         lower = (chunks[0] << 16).to(tl.float32, bitcast=True)
         upper = chunks[0].to(tl.float32, bitcast=True)
@@ -207,6 +207,7 @@ def row_sums(chunks, edge_x, lane_max, dtype: tl.constexpr, VARIANT: tl.constexp
     Every thread sums with the maximum of its warp; the row's numbers are exchanged once, over all warps.
     """
     SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    CHUNKS: tl.constexpr = VARIANT.chunks
     warp_max = tl.max(warp_view(lane_max, VARIANT), 1)  # (warps,)
     lane_reference = over_lanes(warp_max, VARIANT)
     rate, shift, correction = exp_terms(lane_reference)
@@ -220,7 +221,7 @@ def row_sums(chunks, edge_x, lane_max, dtype: tl.constexpr, VARIANT: tl.constexp
     rates, shifts = for_columns(rate, VARIANT), for_columns(shift, VARIANT)
     exps = ()
     sums = tl.full((SIZE,), 0.0, tl.float32)
-    for chunk in tl.static_range(VARIANT.chunks):
+    for chunk in tl.static_range(CHUNKS):
         x = chunk_values(chunks[chunk], sixteen, upper_half, dtype, VARIANT)
         terms = tl.math.exp2(tl.fma(x, rates, -shifts))
         if chunk == 0:
@@ -245,8 +246,9 @@ def write_gradient(
 ):  # fmt: skip
     """Write dL/dx_j = (gradient_factor + common) p_j - [j == y] gradient_factor, with common = 2 z_factor lse."""
     SIZE: tl.constexpr = VARIANT.lanes * VARIANT.vector
+    CHUNKS: tl.constexpr = VARIANT.chunks
     # The assembler moves no store over a barrier. Without any it takes up so many chunks at once that it spills.
-    MANY_CHUNKS: tl.constexpr = VARIANT.chunks > 25 and not VARIANT.hold_exps
+    MANY_CHUNKS: tl.constexpr = CHUNKS > 25 and not VARIANT.hold_exps
     common = 0.0
     if VARIANT.z_loss:
         common += 2.0 * z_factor * (row_max + log_sum)
@@ -256,7 +258,7 @@ def write_gradient(
         scales = for_columns(factor * correction * exp_difference(lane_reference, row_max), VARIANT)
     else:
         scales = factor * row_correction
-    for chunk in tl.static_range(VARIANT.chunks):
+    for chunk in tl.static_range(CHUNKS):
         if VARIANT.hold_exps:
             terms = exps[chunk] * scales
         else:
@@ -289,8 +291,9 @@ def write_gradient(
 @triton.jit
 def fill_chunks(gradient_row, gradient_interior, head, columns, V, value, VARIANT: tl.constexpr):
     """Write `value` to the whole row."""
+    CHUNKS: tl.constexpr = VARIANT.chunks
     values = tl.full((VARIANT.lanes * VARIANT.vector,), 0.0, tl.float32) + value
-    for chunk in tl.static_range(VARIANT.chunks):
+    for chunk in tl.static_range(CHUNKS):
         store_chunk(gradient_interior, values, columns, chunk, VARIANT)
     if VARIANT.edges:
         edge, edge_exists = edge_chunk(head, columns, V, VARIANT)
@@ -308,6 +311,7 @@ def single_pass_rows_kernel(
     VARIANT: tl.constexpr,
 ):  # fmt: skip
     """The arguments and results of loss_rows_kernel with a gradient; both strides over columns are 1."""
+    CHUNKS: tl.constexpr = VARIANT.chunks
     row = tl.program_id(0)
     offset = row_offset(row, rows_inner, stride_outer, stride_row)
     head, columns = interior_bounds(offset, V, VARIANT)
@@ -330,7 +334,7 @@ def single_pass_rows_kernel(
         # the reduction, and no block writes before that exchange.
         x_y = tl.load(logits_row + y.to(tl.int64)).to(tl.float32)
         chunks = ()
-        for chunk in tl.static_range(VARIANT.chunks):
+        for chunk in tl.static_range(CHUNKS):
             chunks = chunks + (load_chunk(interior, columns, chunk, VARIANT),)
         # It starts at the lowest finite value and not at -inf, as in row_max_and_sum.
         lane_max = tl.maximum(lane_maxima(chunks, logits.dtype.element_ty, VARIANT), -LARGEST)  # (lanes,)

@@ -15,11 +15,16 @@ def speed_up():
 
     if triton.__version__ not in READ or hasattr(interpreter._patch_lang, "prepared"):
         return
+    # A class of the interpreter's own: a compiler in this process uses the plain one. Triton 3.6 makes an object of it
+    # for each function of the language, 3.9 one for all.
+    semantic = type("QuickSemantic", (interpreter.TritonSemantic,), {})
+    interpreter.TritonSemantic = semantic
+    interpreter.interpreter_semantic = semantic(interpreter.interpreter_builder)
     prepare_once_a_launch(interpreter)
-    check_overflow_at_once(interpreter)
+    check_overflow_at_once(semantic)
     look_dtypes_up_once(interpreter)
     look_shapes_up_once(core)
-    broadcast_where_shapes_differ(interpreter)
+    broadcast_where_shapes_differ(semantic)
 
 
 class Replaced:
@@ -61,17 +66,16 @@ def prepare_once_a_launch(interpreter):
     interpreter._patch_lang = replace_once
 
 
-def check_overflow_at_once(interpreter):
+def check_overflow_at_once(semantic):
     """Let numpy look for integer overflow, not ten operations of the language.
 
     At each sum, difference and product of integers below 64 bits the interpreter forms the number in 64 bits and
     compares it with the type's bounds; what it finds it asserts in debug mode alone, which it never enters. Here it is
     asserted.
     """
-    semantic = interpreter.interpreter_semantic
     operations = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
 
-    def check(left, right, operation):
+    def check(self, left, right, operation):
         dtype = left.type.scalar
         if dtype.int_bitwidth >= 64:
             return
@@ -121,14 +125,13 @@ def look_shapes_up_once(core):
     core.block_type.__init__, core.tensor.__init__ = init_block, init_tensor
 
 
-def broadcast_where_shapes_differ(interpreter):
+def broadcast_where_shapes_differ(semantic):
     """Let the language compare the sizes of two shapes only where they are not one and the same."""
-    semantic = interpreter.interpreter_semantic
     plain = semantic.broadcast_impl_value
 
-    def broadcast(left, right):
+    def broadcast(self, left, right):
         if left.type.is_block() and right.type.is_block() and left.type.shape is right.type.shape:
             return left, right
-        return plain(left, right)
+        return plain(self, left, right)
 
     semantic.broadcast_impl_value = broadcast
