@@ -83,7 +83,7 @@ def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tens
     with on_device(scalars):
         reductions.denominators_kernel[(1,)](
             targets, weights, token_weights, normalizer, expected_upstream, scalars, token_count,
-            len(targets), inputs.logits.shape[-1], options.ignore_index,
+            targets.shape[0], inputs.logits.shape[-1], options.ignore_index,
             options.reduction, isinstance(normalizer, float), isinstance(expected_upstream, float),
             options.label_smoothing > 0 and weights is not None, REDUCE_BLOCK,
             **REDUCE_OPTIONS,
@@ -96,7 +96,7 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
 
     `gradient` may be the logits themselves.
     """
-    rows = len(inputs.targets)
+    rows = inputs.targets.shape[0]
     stats = scalars.new_empty(2, rows) if options.return_stats else None
     outputs = RowOutputs(scalars.new_empty(rows), scalars.new_empty(2, rows), stats)
     if rows > 0:
@@ -138,7 +138,7 @@ def backward(
     if they are equal; they are compared on the device. One rounding either way, and float16 gradients that need loss
     scaling do not underflow before they are scaled.
     """
-    if len(inputs.targets) > 0:
+    if inputs.targets.shape[0] > 0:
         with on_device(inputs.logits):
             plan = gradient_plan(inputs, options, gradient)
             _launch_gradient_rows(plan, inputs, row_state, scalars, upstream, gradient, unless_expected=unless_expected)
@@ -171,7 +171,7 @@ def _launch_loss_rows(
 ) -> None:
     logits, *row_tensors = inputs[:4]
     launch, variant, compile_options, shape, gradient_strides, numbers = plan
-    rows, slices = len(inputs.targets), launch.slices
+    rows, slices = inputs.targets.shape[0], launch.slices
     if slices == 1:
         kernel = single_pass_rows_kernel if launch.kernel == planner.SINGLE_PASS else kernels.loss_rows_kernel
         kernel[(rows,)](
@@ -205,7 +205,7 @@ def _launch_gradient_rows(
 ) -> None:
     launch, variant, compile_options, shape, gradient_strides, numbers = plan
     upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
-    kernels.gradient_rows_kernel[(len(inputs.targets), launch.slices)](
+    kernels.gradient_rows_kernel[(inputs.targets.shape[0], launch.slices)](
         inputs.logits, gradient, *inputs[1:4], scalars, row_state, upstream,
         upstream_stride, *shape, *gradient_strides, *numbers, launch.slice_tiles, unless_expected, variant,
         **compile_options,

@@ -11,7 +11,7 @@ Tensors: see row_kernels.py.
 import triton
 import triton.language as tl
 
-from pdl_kernels.kernels.row_math import (
+from pdl_kernels.kernels.constants import (
     ACCURACY,
     EXPECTED_UPSTREAM,
     INVERSE_DENOMINATOR,

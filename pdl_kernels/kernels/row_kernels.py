@@ -23,11 +23,8 @@ thrown away: programs run in any order.
 import triton
 import triton.language as tl
 
+from pdl_kernels.kernels.constants import EXPECTED_UPSTREAM, LARGEST, LN2, WEIGHT_TOTAL
 from pdl_kernels.kernels.row_math import (
-    EXPECTED_UPSTREAM,
-    LARGEST,
-    LN2,
-    WEIGHT_TOTAL,
     contributes,
     exp_difference,
     row_factors,

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from pdl_kernels import options
+from pdl_kernels.kernels.constants import INVERSE_DENOMINATOR, INVERSE_Z_DENOMINATOR, LARGEST, LN2, LOG2E
 from pdl_kernels.kernels.tiles import (
     as_float32,
     block_columns,
@@ -14,19 +14,6 @@ from pdl_kernels.kernels.tiles import (
     edge_columns,
     load_blocks,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # the largest finite float32
-
-# Where LossOutputs.scalars holds what.
-INVERSE_DENOMINATOR = tl.constexpr(options.INVERSE_DENOMINATOR)
-INVERSE_Z_DENOMINATOR = tl.constexpr(options.INVERSE_Z_DENOMINATOR)
-WEIGHT_TOTAL = tl.constexpr(options.WEIGHT_TOTAL)
-NLL = tl.constexpr(options.NLL)
-ACCURACY = tl.constexpr(options.ACCURACY)
-WEIGHT_SUM = tl.constexpr(options.WEIGHT_SUM)
-EXPECTED_UPSTREAM = tl.constexpr(options.EXPECTED_UPSTREAM)
 
 
 @triton.jit

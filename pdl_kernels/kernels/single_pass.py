@@ -17,12 +17,17 @@ not choose this kernel for them, and it has no branches for them.
 import triton
 import triton.language as tl
 
-from pdl_kernels.kernels.row_kernels import store_row_results, store_unread_row
-from pdl_kernels.kernels.row_math import (
+from pdl_kernels.kernels.constants import (
     EXPECTED_UPSTREAM,
     LARGEST,
     LN2,
     LOG2E,
+    MINUS_INFINITY_HALVES,
+    MINUS_INFINITY_PAIR,
+    WARP_SIZE,
+)
+from pdl_kernels.kernels.row_kernels import store_row_results, store_unread_row
+from pdl_kernels.kernels.row_math import (
     contributes,
     exp_difference,
     exp_terms,
@@ -30,10 +35,7 @@ from pdl_kernels.kernels.row_math import (
     target_gradient,
     with_upstream,
 )
-from pdl_kernels.kernels.tiles import MINUS_INFINITY_PAIR, UNSPECIALIZED, interior_bounds, interior_pointer, row_offset
-
-WARP_SIZE = tl.constexpr(32)  # NVIDIA's; the planner chooses this kernel nowhere else
-MINUS_INFINITY_HALVES = tl.constexpr(0xFC00FC00 - 2**32)  # two float16 in one int32
+from pdl_kernels.kernels.tiles import UNSPECIALIZED, interior_bounds, interior_pointer, row_offset
 
 
 @triton.jit

@@ -11,6 +11,8 @@ thread. All blocks have one shape and hence one layout: a column always belongs 
 import triton
 import triton.language as tl
 
+from pdl_kernels.kernels.constants import MINUS_INFINITY_PAIR
+
 # One compilation serves every number of rows: alignment comes from VARIANT, not from the values of these arguments.
 UNSPECIALIZED = (
     "rows",
@@ -24,7 +26,6 @@ UNSPECIALIZED = (
     "slices",
     "ignore_index",
 )
-MINUS_INFINITY_PAIR = tl.constexpr(0xFF80FF80 - 2**32)  # two bfloat16 in one int32
 
 
 @triton.jit

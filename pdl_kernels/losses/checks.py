@@ -41,6 +41,9 @@ def check_options(options: Options) -> Options:
     """The options, each in its declared type and range; TypeError or ValueError otherwise."""
     checked: list[Any] = []
     for declared, value in zip(DECLARED[type(options)], options, strict=True):
+        if type(value) is type(declared.default) and value == declared.default:  # most are
+            checked.append(value)
+            continue
         option = declared.option
         given = not (value is None and declared.optional)
         if given and type(value) is not declared.kind:
