@@ -22,6 +22,8 @@ WRONG_OPTIONS = [
     ({"label_smoothing": 1.5}, ValueError, ["label_smoothing", 1.5]),
     ({"label_smoothing": float("nan")}, ValueError, ["label_smoothing", "nan"]),
     ({"label_smoothing": "0.1"}, TypeError, ["label_smoothing", "str"]),
+    ({"label_smoothing": False}, TypeError, ["label_smoothing", "bool"]),  # equal to the default, of another type
+    ({"ignore_index": -100.0}, TypeError, ["ignore_index", "float"]),
     ({"z_loss": -1.0}, ValueError, ["z_loss", -1.0]),
     ({"z_loss": float("inf")}, ValueError, ["z_loss", "inf"]),
     ({"z_loss": None}, TypeError, ["z_loss", "NoneType"]),
