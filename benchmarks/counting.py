@@ -69,7 +69,7 @@ def _from_files(name: str) -> Callable[[], TokenCounts]:
 
     corpus = open_corpus([name], "labels")
     return lambda: TokenCounts.from_dataset(
-        corpus.rows, VOCAB_SIZE, corpus.column, batch_size=corpus.batch_size, progress=False
+        corpus.rows, VOCAB_SIZE, corpus.reading.column, batch_size=corpus.batch_size, progress=False
     )
 
 

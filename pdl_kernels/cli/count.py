@@ -2,98 +2,46 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from pdl_kernels.cli.arguments import (
-    TOKENIZER_HELP,
-    Overwrite,
-    beside,
-    check_output,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from pdl_kernels.cli import count_options as options
+from pdl_kernels.cli.arguments import Overwrite, beside, check_output, load_tokenizer, tokenizer_fingerprint
 from pdl_kernels.data.corpora import Corpus, open_corpus
+from pdl_kernels.data.readings import CHATS, COMPLETIONS, LABELS, STREAM, TEXTS
 from pdl_kernels.data.tokenizers import vocab_size_of
 from pdl_kernels.weights.counts import TokenCounts
 
-TEXTS = "Columns of strings, and text files"
-LABELS = "Columns of label ids"
-IGNORE_INDEX = -100
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The options
-
-Files = Annotated[
-    list[Path],
-    typer.Argument(
-        help="Files of one kind, by suffix: .jsonl or .json (one JSON object a line), .parquet, .txt (one text a "
-        "line; empty lines are skipped), .csv, .arrow, and .json with one array of objects; .jsonl, .json and .txt "
-        "also with .gz or .zst after it, .csv with .gz. Or globs of them in quotes, folders that save_to_disk of "
-        "Hugging Face datasets made, or one data set on the hub, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT.",
-        show_default=False,
-    ),
-]
-Output = Annotated[Path, typer.Option(help="Where the counts go, a .safetensors file.", show_default=False)]
-Column = Annotated[str | None, typer.Option(help="The JSON key or the table's column to count.", show_default="text")]
-VocabSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Width of the model's output layer, often a little more than the tokenizer has.",
-        show_default="the tokenizer's length",
-    ),
-]
-Shift = Annotated[
-    bool,
-    typer.Option(
-        help="Leave out the first token of each text or label list, which a causal language model never predicts. "
-        "--no-shift for the labels of encoder-decoder models."
-    ),
-]
-Documents = Annotated[
-    bool,
-    typer.Option("--documents", help="Also count the texts that hold each token, for the recipe idf; slower."),
-]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on with interrupted work, kept in OUTPUT.partial; with the same files and settings.",
-    ),
-]
-Tokenizer = Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default=False, rich_help_panel=TEXTS)]
-AppendEos = Annotated[
-    bool,
-    typer.Option(
-        "--append-eos",
-        help="Count one end-of-text token after each text: for training that appends it where the tokenizer does not.",
-        rich_help_panel=TEXTS,
-    ),
-]
-SpecialTokens = Annotated[
-    bool | None,
-    typer.Option(
-        "--special-tokens/--no-special-tokens",
-        help="Let the tokenizer add its own, such as a beginning-of-text token.",
-        show_default="special-tokens",
-        rich_help_panel=TEXTS,
-    ),
-]
-IgnoreIndex = Annotated[
-    int | None,
-    typer.Option(
-        help="The label of positions without a loss, such as prompts and padding.",
-        show_default=str(IGNORE_INDEX),
-        rich_help_panel=LABELS,
-    ),
-]
+# How arguments in messages of the package are called here.
+OPTIONS = {
+    "skip_empty": "--skip-empty",
+    "append_eos=False": "--no-append-eos",
+    "assistant_only_loss=False": "--whole-chats",
+    "assistant_only_loss": "--assistant-only-loss",
+    "(chat_template)": "(--chat-template)",
+    "or chat_template": "or --chat-template",
+    "roles says": "--role says",
+}
+# Which options are for which kinds of data; all others are for all.
+OF_KINDS = {
+    "--skip-empty": (TEXTS, COMPLETIONS, CHATS),
+    "--chat-template": (COMPLETIONS, CHATS),
+    "--role": (COMPLETIONS, CHATS),
+    "--causal/--encoder-decoder": (TEXTS, LABELS),
+    "--assistant-only-loss": (COMPLETIONS, CHATS),
+    "--completion-only-loss": (COMPLETIONS,),
+    "--append-eos": (TEXTS, COMPLETIONS),
+    "--special-tokens": (TEXTS,),
+    "--max-length": (TEXTS, COMPLETIONS, CHATS),
+    "--truncation-mode": (TEXTS, COMPLETIONS, CHATS),
+    "--packing": (TEXTS, COMPLETIONS, CHATS),
+    "--ignore-index": (LABELS,),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,144 +49,291 @@ IgnoreIndex = Annotated[
 
 
 def count(
-    files: Files,
-    output: Output,
-    column: Column = None,
-    vocab_size: VocabSize = None,
-    shift: Shift = True,
-    documents: Documents = False,
-    resume: Resume = False,
+    files: options.Files,
+    output: options.Output,
+    tokenizer: options.Tokenizer = None,
+    vocab_size: options.VocabSize = None,
+    documents: options.Documents = False,
+    skip_empty: options.SkipEmpty = False,
+    resume: options.Resume = False,
     overwrite: Overwrite = False,
-    tokenizer: Tokenizer = None,
-    append_eos: AppendEos = False,
-    special_tokens: SpecialTokens = None,
-    ignore_index: IgnoreIndex = None,
+    kind: options.KindOption = None,
+    column: options.Column = None,
+    prompt: options.PromptOption = None,
+    format_: options.Format = None,
+    chat_template: options.ChatTemplateFile = None,
+    roles: options.Roles = None,
+    causal: options.Causal = None,
+    assistant_only_loss: options.AssistantOnlyLoss = None,
+    completion_only_loss: options.CompletionOnlyLoss = None,
+    append_eos: options.AppendEos = None,
+    special_tokens: options.SpecialTokens = None,
+    max_length: options.MaxLength = None,
+    truncation_mode: options.TruncationModeOption = None,
+    packing: options.PackingOption = None,
+    ignore_index: options.IgnoreIndex = None,
+    dtype: options.DtypeOption = None,
+    separator: options.Separator = None,
 ) -> None:
     """Count how often each token is a training target.
 
-    Count what training will learn: for fine-tuning on answers the answers, not the prompts. A column of strings is
-    tokenized and needs --tokenizer; a column of integer lists is counted as labels and needs --vocab-size, or
-    --tokenizer for the number.
+    What the data are is found from the names of their columns and said before counting starts; where they can be read
+    in several ways, the command stops and names them. Texts, completions and chats need --tokenizer; labels and files
+    of tokens need --vocab-size, or --tokenizer for the number.
 
     Examples:
 
-        pdl-kernels count corpus.jsonl --tokenizer ./tokenizer.json --output counts.safetensors
+        pdl-kernels count chats.jsonl --tokenizer ./model --output counts.safetensors
 
-        pdl-kernels count tokenized/*.parquet --column labels --vocab-size 50304 --output counts.safetensors
+        pdl-kernels count corpus.jsonl --kind texts --tokenizer ./model --append-eos --output counts.safetensors
 
-    Nothing is written to disk a second time: .arrow files and saved folders are mapped into memory, a .json array is
-    read into it, and everything else is streamed. Only a name on the hub needs the network.
+        pdl-kernels count 'tokenized/*.parquet' --column labels --causal --vocab-size 50304 --output counts.safetensors
+
+    Chats and completions are counted as TRL's SFTTrainer trains on them, with options of the same names as its own.
+    Nothing is written to disk a second time: .arrow files, .bin files and saved folders are mapped into memory, and
+    everything else is streamed. Only a name on the hub needs the network.
     """
     check_output(output, overwrite, ".safetensors")
     partial = beside(output, ".partial")
     if partial.exists() and not (resume or overwrite):
         raise ValueError(f"{partial} holds interrupted work; --resume goes on with it, --overwrite starts again")
-    corpus = open_corpus(files, column)
-    if corpus.holds == "labels":
-        _refuse(corpus, {"--append-eos": append_eos, "--special-tokens": special_tokens is not None})
-    else:
-        _refuse(corpus, {"--ignore-index": ignore_index is not None})
+    corpus = open_corpus(
+        files,
+        column,
+        kind=None if kind is None else kind.value,
+        prompt=prompt,
+        form=None if format_ is None else _suffix(format_),
+        dtype=None if dtype is None else dtype.value,
+        separator=separator,
+    )
+    if resume and not corpus.resumable:
+        raise ValueError("standard input comes once, and nothing tells whether it is the same: accepted is no --resume")
+    given: dict[str, Any] = {
+        "--skip-empty": skip_empty or None,
+        "--chat-template": chat_template,
+        "--role": roles,
+        "--causal/--encoder-decoder": causal,
+        "--assistant-only-loss": assistant_only_loss,
+        "--completion-only-loss": completion_only_loss,
+        "--append-eos": append_eos,
+        "--special-tokens": special_tokens,
+        "--max-length": max_length,
+        "--truncation-mode": None if truncation_mode is None else truncation_mode.value,
+        "--packing": None if packing is None else packing.value,
+        "--ignore-index": ignore_index,
+    }
+    _check_options(corpus, given)
     _check_what_is_needed(corpus, tokenizer, vocab_size)
-    loaded = _load_tokenizer(tokenizer, append_eos)
+    loaded = load_tokenizer(tokenizer)
+    work = _Work(corpus, loaded, tokenizer, vocab_size, given, documents, partial if corpus.resumable else None)
     if partial.exists() and not resume:
         partial.unlink()
 
     started = time.monotonic()
-    common = {
-        "shift": shift,
-        "documents": documents,
-        "checkpoint": partial,
-        "batch_size": corpus.batch_size,
-        "progress": sys.stderr.isatty(),
-    }
-    with _work_kept(partial):
-        if corpus.holds == "labels":
-            counts = _count_labels(corpus, tokenizer, loaded, vocab_size, ignore_index, common)
-        else:
-            counts = _count_texts(corpus, loaded, vocab_size, special_tokens is not False, append_eos, common)
+    with _arguments_named_as_options(), _work_kept(partial):
+        counts = work.count()
         counts.tokenizer = tokenizer
         counts.save(output)
-    partial.unlink()
+    partial.unlink(missing_ok=True)
     _print_result(output, counts, time.monotonic() - started)
 
 
-def _refuse(corpus: Corpus, given: dict[str, bool]) -> None:
-    """ValueError for options of the other kind of column, which would have no effect."""
-    for option, present in given.items():
-        if present:
-            accepted = "texts" if corpus.holds == "labels" else "label ids"
-            raise ValueError(f"{option} is for {accepted}, and {corpus.name} holds {_held(corpus)}")
+def _suffix(text: str) -> str:
+    return text if text.startswith(".") else f".{text}"
 
 
-def _held(corpus: Corpus) -> str:
-    return "label ids" if corpus.holds == "labels" else "texts"
+def _check_options(corpus: Corpus, given: dict[str, Any]) -> None:
+    """ValueError for options of other kinds of data, which would have no effect, and for a kind that is not said."""
+    for option, value in given.items():
+        if value is not None and corpus.kind not in OF_KINDS[option]:
+            hint = ""
+            if corpus.kind == COMPLETIONS and option == "--causal/--encoder-decoder":
+                column = corpus.reading.column
+                hint = f"; for encoder-decoder models the answers are texts: --kind texts --column {column}"
+            raise ValueError(
+                f"{option} is for {' and '.join(OF_KINDS[option])}, and {corpus.name} holds {corpus.kind}{hint}"
+            )
+    if corpus.kind == LABELS and given["--causal/--encoder-decoder"] is None:
+        raise ValueError(
+            f"{corpus.name} holds labels, and nothing says whether position 0 of each is a target: --causal (it is "
+            "none, because the model shifts the labels) or --encoder-decoder (it is one)"
+        )
+    if given["--packing"] is not None and given["--max-length"] is None:
+        raise ValueError(f"--packing is {given['--packing']}, and --max-length is missing: to how many tokens")
+    if given["--packing"] is not None and given["--causal/--encoder-decoder"] is False:
+        raise ValueError("--packing is for causal models, and --encoder-decoder came with it")
 
 
 def _check_what_is_needed(corpus: Corpus, tokenizer: str | None, vocab_size: int | None) -> None:
     """ValueError where texts come without a tokenizer, or labels without any way to know the vocabulary's size."""
     if tokenizer is not None:
         return
-    if corpus.holds == "texts":
-        raise ValueError(f"{corpus.name} holds texts, and --tokenizer is missing: a tokenizer.json, folder or name")
+    if corpus.kind not in (LABELS, STREAM):
+        raise ValueError(
+            f"{corpus.name} holds {corpus.kind}, and --tokenizer is missing: a tokenizer.json, folder or name"
+        )
     if vocab_size is None:
         raise ValueError(f"{corpus.name} holds label ids, and --vocab-size is missing; --tokenizer gives it too")
 
 
-def _load_tokenizer(name: str | None, append_eos: bool) -> Any:
-    loaded = load_tokenizer(name)
-    if append_eos and getattr(loaded, "eos_token_id", None) is None:
-        raise ValueError(
-            f"--append-eos: {name} names no end-of-text token; accepted are a folder, hub name or .gguf that does"
+class _Work:
+    """Counting one corpus, by the method of `TokenCounts` for its kind."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        name: str | None,
+        vocab_size: int | None,
+        given: dict[str, Any],
+        documents: bool,
+        checkpoint: Path | None,
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocab_size = vocab_size
+        self.given = given
+        eos = given["--append-eos"]
+        self.append_eos = corpus.kind == COMPLETIONS if eos is None else eos
+        if self.append_eos and getattr(tokenizer, "eos_token_id", None) is None:
+            raise ValueError(
+                f"--append-eos: {name} names no end-of-text token; accepted are a folder, hub name or .gguf that does, "
+                "and --no-append-eos"
+            )
+        self.common: dict[str, Any] = {
+            "documents": documents,
+            "checkpoint": checkpoint,
+            "progress": sys.stderr.isatty(),
+        }
+
+    def count(self) -> TokenCounts:
+        print(self.describe())
+        if self.corpus.kind in (LABELS, STREAM):
+            counts = self._labels() if self.corpus.kind == LABELS else self._stream()
+            if self.tokenizer is not None:
+                counts.remember_special_tokens(self.tokenizer)
+            return counts
+        return self._tokenized()
+
+    def describe(self) -> str:
+        """What is about to be counted."""
+        reading, given = self.corpus.reading, self.given
+        rows = None if self.corpus.kind == STREAM else self.corpus.length
+        size = "" if rows is None else f", {rows:,} rows"
+        if reading.kind == STREAM:
+            return f"counting {self.corpus.source}: {len(self.corpus.rows):,} tokens, each file's first is no target"
+        if reading.kind == LABELS:
+            position = "no target" if given["--causal/--encoder-decoder"] else "a target, too"
+            return f"counting labels of `{reading.column}`{size}: position 0 of each is {position}"
+        if reading.kind == TEXTS:
+            first = "its first, too" if given["--causal/--encoder-decoder"] is False else "but its first"
+            return f"counting texts of `{reading.column}`{size}: every token of a text {first}{self._eos()}"
+        if reading.kind == CHATS:
+            whole = given["--assistant-only-loss"] is False
+            what = "whole chats of" if whole else "assistant messages of"
+            return f"counting {what} `{reading.column}`{size and size.replace('rows', 'chats')}{self._fit()}"
+        prompts = "prompts and " if given["--completion-only-loss"] is False else ""
+        return (
+            f"counting {prompts}completions of `{reading.column}`, each after {reading.prompt}{size}{self._eos()}"
+            f"{self._fit()}"
         )
-    return loaded
+
+    def _eos(self) -> str:
+        return ", and EOS after it" if self.append_eos else ", no EOS after it"
+
+    def _fit(self) -> str:
+        length = self.given["--max-length"]
+        return ", nothing cut" if length is None else f", cut to {length:,} tokens"
+
+    def _labels(self) -> TokenCounts:
+        ignore_index = self.given["--ignore-index"]
+        return TokenCounts.from_dataset(
+            self.corpus.rows,
+            self._size(),
+            self.corpus.reading.column,
+            self.given["--causal/--encoder-decoder"],
+            tokenizer=self.name,
+            ignore_index=options.IGNORE_INDEX if ignore_index is None else ignore_index,
+            source=self.corpus.source,
+            batch_size=self.corpus.batch_size,
+            **self.common,
+        )
+
+    def _stream(self) -> TokenCounts:
+        return TokenCounts.from_stream(
+            self.corpus.rows, self._size(), tokenizer=self.name, source=self.corpus.source, **self.common
+        )
+
+    def _size(self) -> int:
+        return vocab_size_of(self.tokenizer) if self.vocab_size is None else self.vocab_size
+
+    def _tokenized(self) -> TokenCounts:
+        given, kind = self.given, self.corpus.kind
+        arguments: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "max_length": given["--max-length"],
+            "truncation_mode": given["--truncation-mode"] or "keep_start",
+            "packing": given["--packing"],
+            "skip_empty": bool(given["--skip-empty"]),
+            "source": f"{self.corpus.name} of {self.corpus.source}, tokenizer {tokenizer_fingerprint(self.tokenizer)}",
+            "batch_size": self.corpus.batch_size,
+            **self.common,
+        }
+        if kind == TEXTS:
+            arguments |= {
+                "shift": given["--causal/--encoder-decoder"] is not False,
+                "add_special_tokens": given["--special-tokens"] is not False,
+                "append_eos": self.append_eos,
+            }
+            return TokenCounts.from_texts(self.corpus.rows, self.tokenizer, **arguments)
+        arguments |= {"chat_template": _template(given["--chat-template"]), "roles": _roles(given["--role"])}
+        if kind == CHATS:
+            arguments["assistant_only_loss"] = given["--assistant-only-loss"] is not False
+            return TokenCounts.from_chats(self.corpus.rows, self.tokenizer, **arguments)
+        arguments |= {
+            "completion_only_loss": given["--completion-only-loss"] is not False,
+            "assistant_only_loss": given["--assistant-only-loss"] is True,
+            "append_eos": self.append_eos,
+        }
+        return TokenCounts.from_completions(self.corpus.rows, self.tokenizer, **arguments)
 
 
-def _count_labels(
-    corpus: Corpus,
-    tokenizer: str | None,
-    loaded: Any,
-    vocab_size: int | None,
-    ignore_index: int | None,
-    common: dict[str, Any],
-) -> TokenCounts:
-    return TokenCounts.from_dataset(
-        corpus.rows,
-        vocab_size_of(loaded) if vocab_size is None else vocab_size,
-        corpus.column,
-        tokenizer=tokenizer,
-        ignore_index=IGNORE_INDEX if ignore_index is None else ignore_index,
-        source=corpus.source,
-        **common,
-    )
+def _template(file: Path | None) -> str | None:
+    return None if file is None else file.read_text(encoding="utf-8")
 
 
-def _count_texts(
-    corpus: Corpus,
-    tokenizer: Any,
-    vocab_size: int | None,
-    add_special_tokens: bool,
-    append_eos: bool,
-    common: dict[str, Any],
-) -> TokenCounts:
-    return TokenCounts.from_texts(
-        corpus.rows,
-        tokenizer,
-        vocab_size=vocab_size,
-        add_special_tokens=add_special_tokens,
-        append_eos=append_eos,
-        source=f"{corpus.name} of {corpus.source}, tokenizer {tokenizer_fingerprint(tokenizer)}",
-        **common,
-    )
+def _roles(given: list[str] | None) -> dict[str, str]:
+    roles = {}
+    for text in given or []:
+        name, equals, role = text.partition("=")
+        if not (name and equals and role):
+            raise ValueError(f"--role is {text!r}; accepted is NAME=ROLE, such as gpt=assistant")
+        roles[name] = role
+    return roles
 
 
 def _print_result(output: Path, counts: TokenCounts, seconds: float) -> None:
+    left_out = f", {counts.left_out:,} rows left out" if counts.left_out else ""
     print(
-        f"{output}: {counts.total:,} targets in {counts.sequences:,} sequences, {int((counts.counts > 0).sum()):,} of "
-        f"{counts.vocab_size:,} types seen, {seconds:.1f} s"
+        f"{output}: {counts.total:,} targets in {counts.sequences:,} sequences{left_out}, "
+        f"{int((counts.counts > 0).sum()):,} of {counts.vocab_size:,} types seen, {seconds:.1f} s"
     )
     if counts.total == 0:
-        print("warning: no target was counted: with --shift the first token of each text or label list is none")
+        print("warning: no target was counted: the first token of a text or of causal labels is none")
     print(f"next: pdl-kernels weights {output} --output {output.with_name('weights.safetensors')}")
+
+
+@contextmanager
+def _arguments_named_as_options() -> Iterator[None]:
+    """The package's messages name arguments; here they name the options."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        for argument, option in OPTIONS.items():
+            message = re.sub(rf"\b{re.escape(argument)}", option, message)
+        raise type(error)(message) from None
 
 
 @contextmanager
@@ -258,6 +353,6 @@ def _work_kept(partial: Path) -> Iterator[None]:
 
 def _is_empty(partial: Path) -> bool:
     try:
-        return TokenCounts.load(partial).sequences == 0
+        return TokenCounts.load(partial).rows_read == 0
     except ValueError:  # damaged: for the user to look at
         return False

@@ -2,14 +2,32 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pdl_kernels.data.labels import Block, Integers, check_fits, gather_blocks, label_blocks
 
-Batches = Iterator[tuple[int, Iterator[Block]]]  # for each batch: its number of rows, and their ids
 Place = Callable[[int], str]  # where row i of a data set stands, such as "labels.jsonl, line 2"
+
+
+class Batch(NamedTuple):
+    rows: int  # that were read for it
+    blocks: Iterator[Block]  # their ids
+    left_out: int = 0  # of the rows: those without ids
+
+
+Batches = Iterator[Batch]
+
+
+class RowName:
+    """Where a row stands, found out only for a message: that may mean to read a file again."""
+
+    def __init__(self, place: Place, row: int, prefix: str = "") -> None:
+        self.place, self.row, self.prefix = place, row, prefix
+
+    def __str__(self) -> str:
+        return f"{self.prefix}{self.place(self.row)}"
 
 
 def length(rows: Any) -> int | None:
@@ -35,27 +53,28 @@ def label_batches(dataset: Any, column: str, shift: bool, skipped: int, batch_si
     if hasattr(dataset, "arrow_tables"):
         tables = dataset.arrow_tables(column, skipped, batch_size)
     elif hasattr(dataset, "with_format") and hasattr(dataset, "iter"):
-        tables = arrow_tables(dataset, column, skipped, batch_size)
+        tables = arrow_tables(dataset, [column], skipped, batch_size)
     else:
         return row_batches(dataset, column, shift, skipped, batch_size)
     return table_batches(tables, column, shift, skipped, getattr(dataset, "place", None))
 
 
-def arrow_tables(dataset: Any, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
-    """One column of a Hugging Face data set as arrow tables, without making Python lists of it."""
+def arrow_tables(dataset: Any, columns: Sequence[str], skipped: int, batch_size: int) -> Iterator[Any]:
+    """Columns of a Hugging Face data set as arrow tables, without making Python lists of them."""
     names = getattr(dataset, "column_names", None)
-    if names is not None and column not in names:
-        raise ValueError(f"column is {column!r}; accepted are the data set's columns {', '.join(map(repr, names))}")
+    for column in columns:
+        if names is not None and column not in names:
+            raise ValueError(f"column is {column!r}; accepted are the data set's columns {', '.join(map(repr, names))}")
     if skipped and skipped == length(dataset):
         return  # all rows were counted before, and `skip` of `datasets` raises an error where it leaves none
-    dataset = (dataset.skip(skipped) if skipped else dataset).select_columns([column]).with_format("arrow")
+    dataset = (dataset.skip(skipped) if skipped else dataset).select_columns(list(columns)).with_format("arrow")
     yield from dataset.iter(batch_size=batch_size)
 
 
 def table_batches(tables: Iterable[Any], column: str, shift: bool, skipped: int, place: Place | None) -> Batches:
     rows = skipped
     for table in tables:
-        yield len(table), arrow_blocks(table[column], shift, column, rows, place)
+        yield Batch(len(table), arrow_blocks(table[column], shift, column, rows, place))
         rows += len(table)
 
 
@@ -63,14 +82,30 @@ def row_batches(dataset: Iterable[Any], column: str, shift: bool, skipped: int, 
     rows = skipped
     for batch in batched(itertools.islice(dataset, skipped, None), batch_size):
         labels = [labels_of(row, column) for row in batch]
-        yield len(batch), row_blocks(labels, shift, f"{column} of row", rows)
+        yield Batch(
+            len(batch), row_blocks(labels, shift, [f"{column} of row {rows + row}" for row in range(len(batch))])
+        )
         rows += len(batch)
 
 
-def row_blocks(rows: Sequence[Any], shift: bool, name: str, first_row: int) -> Iterator[Block]:
-    """The ids of `rows`; messages say `name` and the number of the row, of which the first is `first_row`."""
-    blocks = (label_blocks(labels, shift, f"{name} {row}") for row, labels in enumerate(rows, start=first_row))
+def row_blocks(rows: Sequence[Any], shift: bool, names: Sequence[object]) -> Iterator[Block]:
+    """The ids of `rows`, which messages call by these names."""
+    if rows and all(isinstance(row, np.ndarray) and row.ndim == 1 and row.dtype == np.int64 for row in rows):
+        return iter([_flat_block(rows, shift, names)])
+    blocks = (label_blocks(labels, shift, name) for labels, name in zip(rows, names, strict=True))
     return gather_blocks(itertools.chain.from_iterable(blocks))
+
+
+def _flat_block(rows: Sequence[Integers], shift: bool, names: Sequence[object]) -> Block:
+    first = int(shift)
+    lengths = np.array([max(len(row) - first, 0) for row in rows])
+
+    def locate(index: int) -> str:
+        ends = np.cumsum(lengths)
+        row = int(np.searchsorted(ends, index, side="right"))
+        return f"{names[row]}[{index - int(ends[row] - lengths[row]) + first}]"
+
+    return Block(np.concatenate([row[first:] for row in rows]), lengths, locate)
 
 
 def labels_of(batch: Any, column: str | int | Callable[[Any], Any]) -> Any:

@@ -36,7 +36,7 @@ def describe_label_settings(shift: bool, ignore_index: int | None) -> str:
     return f"{'shifted' if shift else 'not shifted'}{ignored}"
 
 
-def label_blocks(labels: Any, shift: bool, name: str = "labels", *, whole: bool = True) -> Iterator[Block]:
+def label_blocks(labels: Any, shift: bool, name: object = "labels", *, whole: bool = True) -> Iterator[Block]:
     """The ids in `labels` (..., L), as blocks; with `shift`, position 0 of each sequence is left out.
 
     With `whole` no sequence is cut: how many sequences hold a token needs each in one block. Otherwise a long sequence
@@ -72,13 +72,19 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def check_fits(ids: npt.NDArray[Any], name: str) -> None:
+def id_array(ids: Any) -> npt.NDArray[Any]:
+    """(n,) what a tokenizer gave for one text."""
+    array = np.asarray(ids)
+    return array if array.size else array.astype(np.int64)
+
+
+def check_fits(ids: npt.NDArray[Any], name: object) -> None:
     """Refuse ids that int64 cannot hold, which only uint64 has."""
     if ids.dtype == np.uint64 and ids.size and ids.max() > np.iinfo(np.int64).max:
         raise IndexError(f"{name} holds {ids.max()}, which is no id of any vocabulary")
 
 
-def _array_blocks(array: npt.NDArray[Any], shift: bool, name: str, whole: bool) -> Iterator[Block]:
+def _array_blocks(array: npt.NDArray[Any], shift: bool, name: object, whole: bool) -> Iterator[Block]:
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} holds {array.dtype}; accepted are {ACCEPTED}")
     if array.ndim == 0:

@@ -8,18 +8,24 @@ reader splits texts at a lone carriage return.
 
 from __future__ import annotations
 
-import io
+import codecs
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from pdl_kernels.data.batches import batched
+from pdl_kernels.data.contents import EMPTY, NULL, STRINGS, Content, held_by, missing_column
+from pdl_kernels.data.inputs import Input, StandardInput, total_size
 
-COMPRESSED = (".gz", ".zst")
+TEXT_COLUMN = "text"  # what the only column of a text file is called
+LOOKED_AT = 100  # rows whose columns tell what a file holds
+CHUNK = 2**20  # bytes of an array read at a time
+LONGEST_WORD = 16  # of JSON: characters at the end of a text in which an error may come from the end
+_SPACES = re.compile(r"[ \t\r\n]*")
 
 
 class TextFiles:
@@ -27,134 +33,99 @@ class TextFiles:
 
     batch_size = 1000  # rows to read at a time
 
-    def __init__(self, files: Sequence[Path], column: str) -> None:
+    def __init__(self, files: Sequence[Input]) -> None:
         self.files = files
-        self.column = column
-        self.holds = "texts"  # or "labels"
+        self.finished = 0  # bytes of the files that were read to their end
 
-    def content(self, file: Path) -> str | None:
-        """What the file holds, "texts" or "labels", by the first row that tells; None where none does."""
-        return next(("texts" for _ in numbered_lines(file)), None)
+    def contents(self, file: Input) -> Mapping[str, Content] | None:
+        """The columns of a file and what they hold; None where it has no rows."""
+        for number, _ in numbered_lines(file):
+            return {TEXT_COLUMN: Content(STRINGS, f"{file}, line {number}")}
+        return None
 
-    def __iter__(self) -> Iterator[Any]:
-        for file in self.files:
+    def records(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """The rows, each with these of its columns; a row need not have the `optional` ones."""
+        for file in self._reading():
             for _, line in numbered_lines(file):
-                yield line
+                yield {TEXT_COLUMN: line}
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for a message: only then is it worth reading the files again."""
+        if any(isinstance(file, StandardInput) for file in self.files):
+            return f"standard input, row {row}"
+        return next(itertools.islice(self._places(), row, None))
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of all files, as they lie on the disk."""
+        return total_size(self.files)
+
+    def bytes_read(self) -> int:
+        """Of `size`, in the present reading."""
+        return self.finished + sum(file.bytes_read() for file in self.files)
+
+    def _places(self) -> Iterator[str]:
+        return (f"{file}, line {number}" for file in self.files for number, _ in numbered_lines(file))
+
+    def _reading(self) -> Iterator[Input]:
+        self.finished = 0
+        for file in self.files:
+            if isinstance(file, StandardInput):
+                file.start()
+            yield file
+            self.finished += file.size or 0
 
 
 class JsonFiles(TextFiles):
-    """One column of JSON objects, strings or lists of ids: one object a line, or all of them in an array."""
+    """JSON objects: one a line, or all of them in an array."""
 
-    def content(self, file: Path) -> str | None:
-        empty = None
-        for _, value in self._values(file):
-            if isinstance(value, str):
-                return "texts"
-            if len(value):
-                return "labels"
-            empty = "labels"  # an empty list, and perhaps a row with ids follows
-        return empty
+    def contents(self, file: Input) -> Mapping[str, Content] | None:
+        found: dict[str, Content] = {}
+        rows = 0
+        for place, row in itertools.islice(json_objects(file), LOOKED_AT):
+            rows += 1
+            for column, value in row.items():
+                if column not in found or found[column].holds in (NULL, EMPTY):
+                    found[column] = Content(held_by(value), place)
+            if all(content.holds not in (NULL, EMPTY) for content in found.values()):
+                break
+        return found if rows else None
 
-    def __iter__(self) -> Iterator[Any]:
-        """The texts, or an array of ids for each row."""
-        for file in self.files:
-            for place, value in self._values(file):
-                texts = isinstance(value, str)
-                if texts != (self.holds == "texts"):
-                    found, accepted = ("a string", "a list of ids") if texts else ("a list", "a string")
-                    raise ValueError(
-                        f"{place}: column {self.column!r} holds {found}; accepted is {accepted}, as in the rows before"
-                    )
-                yield value
+    def records(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        for file in self._reading():
+            for place, row in json_objects(file):
+                yield _chosen(row, columns, optional, place)
 
     def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
         """The labels of the rows after the first `skipped`."""
         import pyarrow as pa
 
-        for rows in batched(itertools.islice(self, skipped, None), batch_size):
+        for rows in batched(itertools.islice(self._labels(column), skipped, None), batch_size):
             ends = np.cumsum([0, *map(len, rows)])
             yield pa.table({column: pa.LargeListArray.from_arrays(ends, np.concatenate(rows))})
 
-    def place(self, row: int) -> str:
-        """Where a row stands, for a message: only then is it worth reading the files again."""
-        places = (place for file in self.files for place, _ in json_objects(file))
-        return next(itertools.islice(places, row, None))
+    def _labels(self, column: str) -> Iterator[Any]:
+        for file in self._reading():
+            for place, row in json_objects(file):
+                yield _ids(_chosen(row, [column], (), place)[column], place, column)
 
-    def _values(self, file: Path) -> Iterator[tuple[str, Any]]:
-        for place, row in json_objects(file):
-            if not isinstance(row, dict):
-                raise ValueError(f"{place} is a JSON {type(row).__name__}; accepted is {_accepted(file)}")
-            if self.column not in row:
-                raise ValueError(missing_column(place, self.column, list(row)))
-            yield place, _text_or_ids(row[self.column], place, self.column)
+    def _places(self) -> Iterator[str]:
+        return (place for file in self.files for place, _ in json_objects(file))
 
 
-def json_objects(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each JSON value in the file, and where it stands.
-
-    A file named .json that starts with [ is one array, and read into memory whole; others hold one value a line.
-    """
-    if format_suffix(file) == ".json" and next(numbered_lines(file), (0, ""))[1].lstrip().startswith("["):
-        text = "\n".join(line for _, line in numbered_lines(file, blank=True))
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file} is no JSON ({error}); accepted is {_accepted(file)}") from None
-        for number, row in enumerate(rows):
-            yield f"{file}, row {number}", row
-        return
-    for number, line in numbered_lines(file):
-        place = f"{file}, line {number}"
-        try:
-            yield place, json.loads(line)
-        except ValueError as error:
-            reason = str(error).split(": line 1")[0]  # the parser counts lines within this one
-            raise ValueError(f"{place} is no JSON ({reason}); accepted is {_accepted(file)}") from None
+def _chosen(row: dict[str, Any], columns: Sequence[str], optional: Sequence[str], place: str) -> dict[str, Any]:
+    for column in columns:
+        if column not in row:
+            raise ValueError(missing_column(place, column, list(row)))
+    return {column: row[column] for column in (*columns, *optional) if column in row}
 
 
-def format_suffix(file: Path) -> str:
-    """The suffix that tells the format, such as .jsonl of rows.jsonl.gz."""
-    return (Path(file.stem) if file.suffix.lower() in COMPRESSED else file).suffix.lower()
-
-
-def _accepted(file: Path) -> str:
-    return "one JSON object a line" + (", or one array of objects" if format_suffix(file) == ".json" else "")
-
-
-def numbered_lines(file: Path, blank: bool = False) -> Iterator[tuple[int, str]]:
-    """The lines of a file, without their ends, numbered from 1; without `blank`, those that hold more than spaces."""
-    number = 0
-    try:
-        with _open(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                # A byte order mark, which some editors write, is no text.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if blank or text.strip():
-                    yield number, text.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}, line {number} is no UTF-8 ({error.reason}); accepted is UTF-8") from None
-    except OSError as error:
-        if error.errno is not None:  # the disk, and not what is on it
-            raise
-        raise ValueError(f"{file} is damaged after line {number} ({error}); accepted is a {file.suffix} file") from None
-
-
-def _open(file: Path) -> BinaryIO:
-    if file.suffix.lower() not in COMPRESSED:
-        return open(file, "rb")
-    import pyarrow as pa
-
-    return io.BufferedReader(pa.input_stream(file))  # decompresses by the suffix
-
-
-def _text_or_ids(value: Any, place: str, column: str) -> Any:
-    """A string as it is; ids as an int64 array."""
-    if isinstance(value, str):
-        return value
+def _ids(value: Any, place: str, column: str) -> Any:
+    """A list of ids as an int64 array."""
     problem = f"{place}: column {column!r} holds"
-    accepted = "accepted are a string, or a list of integers"
     if not isinstance(value, list):
-        raise ValueError(f"{problem} {'null' if value is None else type(value).__name__}; {accepted}")
+        found = "null" if value is None else "a string" if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{problem} {found}; accepted is a list of ids")
     if not value:
         return np.empty(0, np.int64)
     try:
@@ -163,7 +134,7 @@ def _text_or_ids(value: Any, place: str, column: str) -> Any:
         ids = np.asarray(value, dtype=object)  # lists of several lengths
     if ids.ndim != 1 or ids.dtype.kind != "i":
         wrong = next((entry for entry in value if not _is_id(entry)), value[0])
-        raise ValueError(f"{problem} a list with {json.dumps(wrong)[:40]}; {accepted}")
+        raise ValueError(f"{problem} a list with {json.dumps(wrong)[:40]}; accepted is a list of ids")
     return ids.astype(np.int64, copy=False)
 
 
@@ -171,6 +142,138 @@ def _is_id(entry: Any) -> bool:
     return isinstance(entry, int) and not isinstance(entry, bool) and -(2**63) <= entry < 2**63
 
 
-def missing_column(place: str, column: str, present: Sequence[str]) -> str:
-    names = ", ".join(map(repr, present)) or "none"
-    return f"{place} has no column {column!r}; accepted by --column are those it has: {names}"
+# ---------------------------------------------------------------------------------------------------------------------
+# From bytes to lines and objects
+
+
+def numbered_lines(file: Input) -> Iterator[tuple[int, str]]:
+    """The lines of a file that hold more than spaces, without their ends, numbered from 1."""
+    with file.opened() as stream:
+        yield from _lines(file, stream)
+
+
+def _lines(file: Input, stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(stream, start=1):
+            # A byte order mark, which some editors write, is no text.
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield number, text.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}, line {number} is no UTF-8 ({error.reason}); accepted is UTF-8") from None
+    except OSError as error:
+        raise _damage(file, f"line {number}", error) from None
+
+
+def json_objects(file: Input) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects in a file, and where each stands.
+
+    A .json file that starts with [ is one array, of which a part at a time is in memory; others hold one object a line.
+    """
+    accepted = "one JSON object a line" + (", or one array of objects" if file.base == ".json" else "")
+    with file.opened() as stream:
+        try:
+            array = file.base == ".json" and stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["  # type: ignore[attr-defined]
+        except OSError as error:
+            raise _damage(file, "line 0", error) from None
+        for place, row in _array(file, stream, accepted) if array else _json_lines(file, stream, accepted):
+            if not isinstance(row, dict):
+                raise ValueError(f"{place} is a JSON {type(row).__name__}; accepted is {accepted}")
+            yield place, row
+
+
+def _json_lines(file: Input, stream: BinaryIO, accepted: str) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(file, stream):
+        place = f"{file}, line {number}"
+        try:
+            yield place, json.loads(line)
+        except ValueError as error:
+            raise ValueError(_no_json(place, error, accepted)) from None
+
+
+def _array(file: Input, stream: BinaryIO, accepted: str) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, decoded one at a time."""
+    text = _Text(file, stream)
+    decoder = json.JSONDecoder()
+    row = 0
+    text.skip("[")
+    while text.next() != "]":
+        place = f"{file}, row {row}"
+        try:
+            value = text.decode(decoder)
+            if text.next() not in (",", "]"):
+                raise ValueError("Expecting ',' or ']' after it")
+            if text.next() == ",":
+                text.skip(",")
+                if text.next() == "]":
+                    raise ValueError("a comma, and nothing after it")
+        except ValueError as error:
+            raise ValueError(_no_json(place, error, accepted)) from None
+        yield place, value
+        row += 1
+    text.skip("]")
+    if text.next():
+        raise ValueError(f"{file} goes on after the end of its array; accepted is {accepted}")
+
+
+class _Text:
+    """Text of a stream, of which what was read is forgotten."""
+
+    def __init__(self, file: Input, stream: BinaryIO) -> None:
+        self.file, self.stream = file, stream
+        self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.position, self.ended, self.read = "", 0, False, 0
+
+    def next(self) -> str:
+        """The next character that is no space, which is not passed; "" at the end."""
+        while True:
+            self.position = _SPACES.match(self.text, self.position).end()  # type: ignore[union-attr]
+            if self.position < len(self.text) or self.ended:
+                return self.text[self.position : self.position + 1]
+            self._more()
+
+    def skip(self, character: str) -> None:
+        assert self.next() == character
+        self.position += 1
+
+    def decode(self, decoder: json.JSONDecoder) -> Any:
+        """The JSON value that comes next."""
+        self.next()
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                # Cut in a string, which may have begun long before, or in a word, number or escape.
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - LONGEST_WORD
+                if self.ended or not cut:
+                    raise
+            else:
+                if end < len(self.text) or self.ended:  # otherwise perhaps half a number
+                    self.position = end
+                    return value
+            self._more()
+
+    def _more(self) -> None:
+        # As much again as there is: a value that spans many chunks is decoded few times.
+        waiting = len(self.text) - self.position
+        try:
+            data = self.stream.read(max(CHUNK, waiting))
+            self.text = self.text[self.position :] + self.utf8.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"no UTF-8 ({error.reason})") from None
+        except OSError as error:
+            raise _damage(self.file, f"byte {self.read}", error) from None
+        self.position, self.ended = 0, not data
+        self.read += len(data)
+
+
+def _no_json(place: str, error: ValueError, accepted: str) -> str:
+    reason = str(error).split(": line ")[0]  # the parser counts lines from where it started
+    return f"{place} is no JSON ({reason}); accepted is {accepted}"
+
+
+def _damage(file: Input, after: str, error: OSError) -> Exception:
+    if error.errno is not None:  # the disk, and not what is on it
+        return error
+    return ValueError(f"{file} is damaged after {after} ({error}); accepted is a {file.packed or file.form} file")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from pdl_kernels.data import batches
-from pdl_kernels.data.lines import missing_column, numbered_lines
+from pdl_kernels.data.contents import STRINGS, Content, held_by_type, missing_column
+from pdl_kernels.data.inputs import Input
+from pdl_kernels.data.lines import numbered_lines
 from pdl_kernels.errors import first_line
 
 BATCH_IDS = 2**22  # label ids read at a time: 32 MiB as int64
@@ -36,64 +38,62 @@ def _datasets() -> Any:
 
 
 class TableFiles(ABC):
-    """One column of tables, strings or lists of ids."""
+    """Rows of tables."""
 
     problem = "cannot be read"  # what a message says of a file whose reading failed
+    batch_size = TEXT_BATCH  # rows to read at a time
 
-    def __init__(self, files: Sequence[Any], column: str) -> None:
+    def __init__(self, files: Sequence[Any]) -> None:
         self.files = files
-        self.column = column
-        self.holds = "texts"  # or "labels"
 
     @abstractmethod
-    def open(self, file: Any) -> Any:
-        """A data set of `datasets` with the column."""
+    def open(self, file: Any, columns: Sequence[str]) -> Any:
+        """A data set of `datasets` with these columns."""
 
     @abstractmethod
     def schema(self, file: Any) -> Any:
         """The names and arrow types of a file's columns; None where it has no rows."""
 
-    def content(self, file: Any) -> str | None:
-        """What the column holds, "texts" or "labels"; None where there are no rows."""
+    def contents(self, file: Any) -> Mapping[str, Content] | None:
+        """The columns of a file and what they hold; None where it has no rows."""
         with _damage_named(self, file):
             schema = self.schema(file)
         if schema is None:
             return None
-        if self.column not in schema.names:
-            raise ValueError(missing_column(str(file), self.column, schema.names))
-        return self.content_of(schema.field(self.column).type, f"{file}: column {self.column!r}")
+        return {field.name: Content(self.held_by(field.type), str(file)) for field in schema}
 
-    def content_of(self, kind: Any, name: str) -> str:
-        """What a column of this arrow type holds; ValueError, which calls it `name`, where that cannot be counted."""
-        import pyarrow as pa
+    def held_by(self, kind: Any) -> str:
+        return held_by_type(kind)
 
-        if _is_list(kind) and pa.types.is_integer(kind.value_type):
-            return "labels"
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            return "texts"
-        raise ValueError(f"{name} holds {kind}; accepted are strings or lists of integers")
-
-    @property
-    def batch_size(self) -> int:
-        """Rows to read at a time."""
-        return TEXT_BATCH
-
-    def __iter__(self) -> Iterator[str]:
+    def records(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """The rows, each with these of its columns; a file need not have the `optional` ones."""
         for file in self.files:
-            for row, text in enumerate(self._texts(file)):
-                if text is None:
-                    raise ValueError(f"{file}, row {row}: column {self.column!r} is null; accepted is a string")
-                yield text
+            yield from self._rows_of(file, self._present(file, columns, optional))
 
-    def _texts(self, file: Any) -> Iterator[str | None]:
+    def _present(self, file: Any, columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+        there = self.contents(file) or {}
+        for column in columns if there else ():
+            if column not in there:
+                raise ValueError(missing_column(str(file), column, list(there)))
+        return [column for column in (*columns, *optional) if column in there]
+
+    def _rows_of(self, file: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         with _damage_named(self, file):
-            for table in self.tables(file, 0, TEXT_BATCH):
-                yield from table[self.column].to_pylist()
+            for table in self.tables(file, columns, 0, TEXT_BATCH) if columns else ():
+                yield from table.to_pylist()
 
-    def tables(self, file: Any, skipped: int, batch_size: int) -> Iterator[Any]:
-        """The column as arrow tables, from the row after the first `skipped` on."""
-        return batches.arrow_tables(self.open(file), self.column, skipped, batch_size)
+    def tables(self, file: Any, columns: Sequence[str], skipped: int, batch_size: int) -> Iterator[Any]:
+        """The columns as arrow tables, from the row after the first `skipped` on."""
+        return batches.arrow_tables(self.open(file, columns), columns, skipped, batch_size)
+
+    def place(self, row: int) -> str:
+        """Where a row stands, for a message."""
+        for file in self.files:
+            rows = sum(1 for _ in self._rows_of(file, [next(iter(self.contents(file) or {}))]))
+            if row < rows:
+                return f"{file}, row {row}"
+            row -= rows
+        raise IndexError(row)
 
 
 class SizedTables(TableFiles):
@@ -104,18 +104,15 @@ class SizedTables(TableFiles):
         """The number of rows in a file."""
 
     @abstractmethod
-    def ids(self, file: Any) -> int:
-        """About how many ids a file with labels holds."""
+    def ids(self, file: Any, column: str) -> int:
+        """About how many ids a column of labels holds."""
 
     def __len__(self) -> int:
         return sum(self.rows(file) for file in self.files)
 
-    @property
-    def batch_size(self) -> int:
+    def label_batch_size(self, column: str) -> int:
         """Few passes over the vocabulary where rows are short, bounded memory where they are long."""
-        if self.holds == "texts":
-            return TEXT_BATCH
-        ids = sum(self.ids(file) for file in self.files)
+        ids = sum(self.ids(file, column) for file in self.files)
         return min(max(BATCH_IDS * len(self) // max(ids, 1), 1), LARGEST_BATCH)
 
     def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
@@ -124,11 +121,11 @@ class SizedTables(TableFiles):
             rows = self.rows(file)
             if skipped < rows:
                 with _damage_named(self, file):
-                    yield from self.tables(file, skipped, batch_size)
+                    yield from self.tables(file, [column], skipped, batch_size)
             skipped = max(skipped - rows, 0)
 
     def place(self, row: int) -> str:
-        """Where a row of labels stands, for a message."""
+        """Where a row stands, for a message."""
         sizes = [self.rows(file) for file in self.files]
         ends = np.cumsum(sizes)
         which = int(np.searchsorted(ends, row, side="right"))
@@ -140,7 +137,7 @@ class ArrowFiles(SizedTables):
 
     problem = "is damaged or no arrow file"
 
-    def open(self, file: Path) -> Any:
+    def open(self, file: Path, columns: Sequence[str] = ()) -> Any:
         with open(file, "rb") as start:
             if start.read(6) == b"ARROW1":  # the file format, which `datasets` does not open by itself
                 import pyarrow as pa
@@ -155,8 +152,8 @@ class ArrowFiles(SizedTables):
     def rows(self, file: Path) -> int:
         return len(self.open(file))
 
-    def ids(self, file: Path) -> int:
-        return int(self.open(file).data.column(self.column).nbytes) // 4
+    def ids(self, file: Path, column: str) -> int:
+        return int(self.open(file).data.column(column).nbytes) // 4
 
 
 class SavedFolders(ArrowFiles):
@@ -164,7 +161,7 @@ class SavedFolders(ArrowFiles):
 
     problem = "is damaged or no saved data set"
 
-    def open(self, file: Path) -> Any:
+    def open(self, file: Path, columns: Sequence[str] = ()) -> Any:
         return _datasets().load_from_disk(str(file))
 
 
@@ -185,55 +182,56 @@ class ParquetFiles(SizedTables):
     def rows(self, file: Path) -> int:
         return int(self.metadata(file).num_rows)
 
-    def ids(self, file: Path) -> int:
+    def ids(self, file: Path, column: str) -> int:
         metadata = self.metadata(file)
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-        leaf = next(leaf for leaf, path in enumerate(leaves) if path.startswith(f"{self.column}."))
+        leaf = next(leaf for leaf, path in enumerate(leaves) if path.startswith(f"{column}."))
         return sum(metadata.row_group(group).column(leaf).num_values for group in range(metadata.num_row_groups))
 
-    def open(self, file: Path, batch_size: int = TEXT_BATCH) -> Any:
+    def open(self, file: Path, columns: Sequence[str], batch_size: int = TEXT_BATCH) -> Any:
         import pyarrow as pa
 
         datasets = _datasets()
         # Without `features` it refuses a file in which any column has a type that it lacks, such as a map.
-        kind = self.metadata(file).schema.to_arrow_schema().field(self.column).type
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        features = datasets.Features.from_arrow_schema(pa.schema([(self.column, kind)]))
+        schema = self.metadata(file).schema.to_arrow_schema()
+        kinds = [schema.field(column).type for column in columns]
+        kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
+        features = datasets.Features.from_arrow_schema(pa.schema(list(zip(columns, kinds, strict=True))))
         # Opening writes a lock to the cache, and nothing else; reading does without it.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.IterableDataset.from_parquet(
-                str(file), columns=[self.column], features=features, batch_size=batch_size, cache_dir=cache
+                str(file), columns=list(columns), features=features, batch_size=batch_size, cache_dir=cache
             )
 
-    def tables(self, file: Path, skipped: int, batch_size: int) -> Iterator[Any]:
+    def tables(self, file: Path, columns: Sequence[str], skipped: int, batch_size: int) -> Iterator[Any]:
         """Row groups that are skipped are not read."""
         metadata = self.metadata(file)
         first = 0
         while skipped and skipped >= metadata.row_group(first).num_rows:
             skipped -= metadata.row_group(first).num_rows
             first += 1
-        dataset = self.open(file, batch_size)
+        dataset = self.open(file, columns, batch_size)
         groups = dataset.reshard() if first else dataset  # one shard for each row group, or one for the file
         for group in range(first, groups.num_shards):
             part = groups.shard(groups.num_shards, group)
-            yield from batches.arrow_tables(part, self.column, skipped, batch_size)
+            yield from batches.arrow_tables(part, columns, skipped, batch_size)
             skipped = 0
 
 
 class CsvFiles(TableFiles):
-    """A column of csv files, whose values are texts as they stand there: nothing is taken for a number or for null."""
+    """Rows of csv files, whose values are texts as they stand there: nothing is taken for a number or for null."""
 
     problem = "is damaged or no csv file"
 
-    def open(self, file: Path) -> Any:
+    def open(self, file: Path, columns: Sequence[str]) -> Any:
         datasets = _datasets()
-        return self._read(file, features=datasets.Features({self.column: datasets.Value("string")}))
+        return self._read(file, features=datasets.Features({column: datasets.Value("string") for column in columns}))
 
     def schema(self, file: Path) -> Any:
         return _first_schema(self._read(file, nrows=1))
 
-    def content_of(self, kind: Any, name: str) -> str:
-        return "texts"
+    def held_by(self, kind: Any) -> str:
+        return STRINGS
 
     def _read(self, file: Path, **options: Any) -> Any:
         with tempfile.TemporaryDirectory() as cache:
@@ -245,11 +243,11 @@ class HubDataset(TableFiles):
 
     problem = "could not be read from the Hugging Face hub"
 
-    def __init__(self, repository: str, configuration: str | None, split: str, column: str) -> None:
+    def __init__(self, repository: str, configuration: str | None, split: str) -> None:
         import huggingface_hub
 
         name = ":".join(part for part in (repository, configuration, split) if part is not None)
-        super().__init__([name], column)
+        super().__init__([name])
         datasets = _datasets()
         try:
             # All rows come from the commit that `source` names, by which resumed work notices another one.
@@ -264,7 +262,7 @@ class HubDataset(TableFiles):
             ) from None
         self.source = f"data set {name} on the Hugging Face hub, commit {commit}"
 
-    def open(self, file: str) -> Any:
+    def open(self, file: str, columns: Sequence[str] = ()) -> Any:
         return self.dataset
 
     def schema(self, file: str) -> Any:
@@ -272,7 +270,7 @@ class HubDataset(TableFiles):
 
     def arrow_tables(self, column: str, skipped: int, batch_size: int) -> Iterator[Any]:
         with _damage_named(self, self.files[0]):
-            yield from self.tables(self.files[0], skipped, batch_size)
+            yield from self.tables(self.files[0], [column], skipped, batch_size)
 
     def place(self, row: int) -> str:
         return f"{self.files[0]}, row {row}"
@@ -297,7 +295,7 @@ def _damage_named(reader: TableFiles, file: Any) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         if isinstance(reader, CsvFiles):
-            collections.deque(numbered_lines(file), maxlen=0)  # raises at the line
+            collections.deque(numbered_lines(Input(file)), maxlen=0)  # raises at the line
         raise ValueError(f"{file} is no UTF-8 ({error.reason}); accepted is UTF-8") from None
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, and not what is on it
@@ -307,9 +305,3 @@ def _damage_named(reader: TableFiles, file: Any) -> Iterator[None]:
 
 def _first_schema(dataset: Any) -> Any:
     return next((table.schema for table in dataset.with_format("arrow").iter(1)), None)
-
-
-def _is_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))

@@ -1,6 +1,7 @@
 """What the package asks of a tokenizer, whichever library it comes from."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ def _is_tokenizers(tokenizer: Any) -> bool:
 def encoder_of(tokenizer: Any, add_special_tokens: bool) -> Encode:
     """A function from texts to lists of ids."""
     if _is_transformers(tokenizer):
+        _warn_if_slow(tokenizer)
         return lambda texts: tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if _is_tokenizers(tokenizer):
         whole = _without_padding_and_truncation(tokenizer)
@@ -29,6 +31,15 @@ def encoder_of(tokenizer: Any, add_special_tokens: bool) -> Encode:
     raise TypeError(
         f"tokenizer is a {type(tokenizer).__name__}; accepted are {ACCEPTED}, or a function from a string to ids"
     )
+
+
+def _warn_if_slow(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", True):
+        warnings.warn(
+            f"{type(tokenizer).__name__} is a tokenizer in Python, a text at a time: one of the `tokenizers` library, "
+            "where the model has one, is many times faster",
+            stacklevel=4,
+        )
 
 
 def _without_padding_and_truncation(tokenizer: Any) -> Any:
@@ -60,6 +71,14 @@ def end_of_text_id(tokenizer: Any) -> int:
     if eos is None:
         raise ValueError("the tokenizer names no EOS token (eos_token_id); append its id to the texts' ids yourself")
     return int(eos)
+
+
+def end_of_text(tokenizer: Any) -> str:
+    """The text of EOS, which only transformers' tokenizers know."""
+    eos = getattr(tokenizer, "eos_token", None)
+    if eos is None:
+        raise ValueError("the tokenizer names no EOS token (eos_token); append_eos=False counts completions without it")
+    return str(eos)
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ def test_help(command):
         for name in ("count", "weights", "inspect", "plot", "doctor"):
             assert name in output
     elif command == "count":
-        assert ".jsonl or .json (one JSON object a line), .parquet, .txt" in output
+        assert ".jsonl or .json (one JSON object a line), .json with one array of objects, .txt" in output
 
 
 def test_no_command_shows_help_and_a_wrong_one_is_refused():

@@ -64,7 +64,7 @@ def test_count_names_the_extra_where_datasets_is_missing(tokenizer, monkeypatch)
     options = ["--tokenizer", tokenizer, "--output", "c.safetensors"]
     for name in ("corpus.parquet", "someone/data:train"):
         message = fail(2, "count", name, *options)
-        assert message == "error: datasets is not installed: pip install 'pdl-kernels[cli]'\n"
+        assert message.endswith("error: datasets is not installed: pip install 'pdl-kernels[cli]'\n")
     run("count", "corpus.txt", *options)
 
 
@@ -83,10 +83,10 @@ def test_count_texts_of_every_arrow_type(tokenizer, kind):
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        (["--no-shift"], {"shift": False}),
+        (["--encoder-decoder"], {"shift": False}),
         (["--no-special-tokens"], {"special": False}),
         (["--append-eos"], {"eos": True}),
-        (["--append-eos", "--no-shift", "--no-special-tokens"], {"eos": True, "shift": False, "special": False}),
+        (["--append-eos", "--encoder-decoder", "--no-special-tokens"], {"eos": True, "shift": False, "special": False}),
     ],
 )
 def test_count_options_of_texts(folder, options, settings):
@@ -97,7 +97,7 @@ def test_count_options_of_texts(folder, options, settings):
 
 def test_count_vocab_size_and_documents(tokenizer):
     Path("corpus.txt").write_text("the the\nthe cat\n")
-    options = ["--documents", "--vocab-size", 11, "--no-shift", "--no-special-tokens"]
+    options = ["--documents", "--vocab-size", 11, "--encoder-decoder", "--no-special-tokens"]
     run("count", "corpus.txt", "--tokenizer", tokenizer, "--output", "c.safetensors", *options)
     counts = TokenCounts.load("c.safetensors")
     assert counts.counts.tolist() == [0, 0, 0, 3, 1, 0, 0, 0, 0, 0, 0]
@@ -106,7 +106,7 @@ def test_count_vocab_size_and_documents(tokenizer):
 
 def test_count_says_when_nothing_was_counted():
     write_json("labels.jsonl", [{"labels": [3]}])
-    options = ["--column", "labels", "--vocab-size", 8]
+    options = ["--column", "labels", "--causal", "--vocab-size", 8]
     assert "warning: no target was counted" in run("count", "labels.jsonl", *options, "--output", "c.safetensors")
     assert "normalize is 'token_mean'" in fail(2, "weights", "c.safetensors", "--output", "w.safetensors")
     assert not Path("w.safetensors").exists()
@@ -123,8 +123,8 @@ def label_file(kind):
 @pytest.mark.parametrize("shift", [True, False])
 def test_count_labels(kind, shift):
     name = label_file(kind)
-    options = ["--column", "labels", "--vocab-size", 8, "--output", "c.safetensors"]
-    run("count", name, *options, "--shift" if shift else "--no-shift")
+    options = ["--column", "labels", "--causal", "--vocab-size", 8, "--output", "c.safetensors"]
+    run("count", name, *options, "--causal" if shift else "--encoder-decoder")
     counts = TokenCounts.load("c.safetensors")
     assert counts == TokenCounts(8).update(LABELS, shift=shift)
     assert counts.total == (6 if shift else 9)
@@ -132,7 +132,7 @@ def test_count_labels(kind, shift):
 
 def test_count_labels_ignore_index_and_length_from_the_tokenizer(tokenizer):
     write_json("labels.jsonl", [{"labels": [7, 3, 4, 3]}])
-    options = ["--column", "labels", "--ignore-index", 3, "--no-shift", "--tokenizer", tokenizer]
+    options = ["--column", "labels", "--ignore-index", 3, "--encoder-decoder", "--tokenizer", tokenizer]
     run("count", "labels.jsonl", *options, "--output", "c.safetensors")
     counts = TokenCounts.load("c.safetensors")
     assert counts.counts.tolist() == [0, 0, 0, 0, 1, 0, 0, 1]
@@ -145,8 +145,8 @@ def test_count_labels_never_become_python_lists(monkeypatch):
     def refused(*_):
         raise AssertionError("a Python list of a column")
 
-    monkeypatch.setattr(tables.ParquetFiles, "__iter__", refused)
-    run("count", name, "--column", "labels", "--vocab-size", 8, "--output", "c.safetensors")
+    monkeypatch.setattr(tables.ParquetFiles, "records", refused)
+    run("count", name, "--column", "labels", "--causal", "--vocab-size", 8, "--output", "c.safetensors")
 
 
 @pytest.mark.parametrize(("ids_per_row", "rows"), [(1, tables.LARGEST_BATCH), (2**12, 2**10)])

@@ -40,24 +40,34 @@ def test_errors_of_files(tokenizer):
         ('{"text": "a"', "corpus.jsonl, line 3 is no JSON (Expecting ',' delimiter)"),
         ('["the cat"]', "corpus.jsonl, line 3 is a JSON list; accepted is one JSON object a line"),
         ('{"txt": "a", "n": 1}', "corpus.jsonl, line 3 has no column 'text'; accepted by --column are those it has"),
-        ('{"text": null}', "corpus.jsonl, line 3: column 'text' holds null"),
-        ('{"text": 5}', "corpus.jsonl, line 3: column 'text' holds int"),
-        ('{"text": [3, 4]}', "corpus.jsonl, line 3: column 'text' holds a list; accepted is a string"),
+        ('{"text": null}', "corpus.jsonl, line 3: the text is null; accepted is a string; --skip-empty leaves out"),
+        ('{"text": 5}', "corpus.jsonl, line 3: the text is of type int; accepted is a string"),
+        ('{"text": [3, 4]}', "corpus.jsonl, line 3: the text is of type list; accepted is a string"),
     ],
 )
-@pytest.mark.parametrize("first", [True, False])
-def test_errors_in_json_lines_name_file_and_line(tokenizer, line, message, first):
-    good = '{"text": "the cat"}\n'
-    if first and "holds a list" in message:
-        message = (
-            "corpus.jsonl, line 4: column 'text' holds a string; accepted is a list of ids"  # the first row decides
-        )
-    # Line 2 is empty. Where it is the first row, it is found before counting; otherwise during it.
-    Path("corpus.jsonl").write_text(f"{'' if first else good}\n{chr(10) if first else ''}{line}\n{good}")
+def test_errors_in_json_lines_name_file_and_line(tokenizer, line, message):
+    Path("corpus.jsonl").write_text(f'{{"text": "the cat"}}\n\n{line}\n{{"text": "the cat"}}\n')
     found = fail(2, "count", "corpus.jsonl", "--tokenizer", tokenizer, "--output", "c.safetensors")
     assert message in found
     if "no column" in message:
         assert "'txt', 'n'" in found
+    assert not [name for name in files_here() if name.startswith("c.")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "corpus.jsonl, line 2 is no JSON (Expecting ',' delimiter)"),
+        ('["the cat"]', "corpus.jsonl, line 2 is a JSON list; accepted is one JSON object a line"),
+        ('{"txt": "a", "n": 1}', "corpus.jsonl has the columns 'txt' (strings), 'n' (int), which cannot be read"),
+        ('{"text": null}', "corpus.jsonl, line 2: the text is null"),
+        ('{"text": 5}', "corpus.jsonl has the columns 'text' (int), which cannot be read"),
+        ('{"text": [3, 4]}', "column 'text' holds labels, and nothing says whether position 0 of each is a target"),
+    ],
+)
+def test_errors_in_the_first_row(tokenizer, line, message):
+    Path("corpus.jsonl").write_text(f'\n{line}\n{{"text": "the cat"}}\n')
+    assert message in fail(2, "count", "corpus.jsonl", "--tokenizer", tokenizer, "--output", "c.safetensors")
     assert not [name for name in files_here() if name.startswith("c.")]
 
 
@@ -75,7 +85,7 @@ def test_errors_in_json_lines_name_file_and_line(tokenizer, line, message, first
 )
 def test_errors_in_json_labels(row, message):
     write_json("labels.jsonl", [{"labels": [3]}, {"labels": row}])
-    options = ["--column", "labels", "--vocab-size", 8, "--output", "c.safetensors"]
+    options = ["--column", "labels", "--causal", "--vocab-size", 8, "--output", "c.safetensors"]
     assert message in fail(2, "count", "labels.jsonl", *options)
 
 
@@ -83,9 +93,13 @@ def test_errors_in_json_labels(row, message):
     ("columns", "column", "message"),
     [
         ({"a": ["x"], "b": [1]}, "text", "has no column 'text'; accepted by --column are those it has: 'a', 'b'"),
-        ({"text": [1]}, "text", "column 'text' holds int64; accepted are strings or lists of integers"),
+        ({"text": [1]}, "text", "column 'text' holds int64; accepted are strings, lists of integers and messages"),
         ({"text": [[0.5]]}, "text", "column 'text' holds list<"),
-        ({"text": ["the", None]}, "text", "corpus.parquet, row 1: column 'text' is null"),
+        (
+            {"text": ["the", None]},
+            "text",
+            "corpus.parquet, row 1: the text is null; accepted is a string; --skip-empty leaves out",
+        ),
         ({"text": [[3, None]]}, "text", "corpus.parquet, row 0: text[1] is null inside a list"),
         ({"text": [[0, 8]]}, "text", "corpus.parquet, row 0: text[1] is 8"),
     ],
@@ -93,6 +107,8 @@ def test_errors_in_json_labels(row, message):
 def test_errors_in_parquet(tokenizer, columns, column, message):
     write_parquet("corpus.parquet", columns)
     options = ["--column", column, "--tokenizer", tokenizer, "--output", "c.safetensors"]
+    if isinstance(next(iter(columns.values()))[0], list) and columns != {"text": [[0.5]]}:
+        options.append("--causal")
     assert message in fail(2, "count", "corpus.parquet", *options)
     assert not [name for name in files_here() if name.startswith("c.")]
 
@@ -101,29 +117,32 @@ def test_columns_that_hold_different_things(tokenizer):
     write_json("a.jsonl", [{"text": "the cat"}])
     write_json("b.jsonl", [{"text": []}, {"text": [3]}])
     message = fail(2, "count", "a.jsonl", "b.jsonl", "--tokenizer", tokenizer, "--output", "c.safetensors")
-    assert "column 'text' holds texts in a.jsonl and labels in b.jsonl" in message
+    assert "column 'text' holds strings in a.jsonl and lists of ids in b.jsonl" in message
 
 
 def test_errors_of_options_of_count(tokenizer, folder):
     write_json("corpus.jsonl", [{"text": "the cat", "labels": [3, 4]}])
     Path("corpus.txt").write_text("the cat\n")
     Path("taken.safetensors").write_text("precious")
-    labels = ("corpus.jsonl", "--column", "labels")
+    labels = ("corpus.jsonl", "--column", "labels", "--causal")
+    texts = ("corpus.jsonl", "--column", "text")
 
     def message(*arguments, output="c.safetensors"):
         return fail(2, "count", *arguments, "--output", output)
 
-    assert "column 'text' holds texts, and --tokenizer is missing" in message("corpus.jsonl")
+    assert "corpus.jsonl can be read as texts (`text`) and as labels (`labels`); --kind" in message("corpus.jsonl")
+    assert "column 'text' holds texts, and --tokenizer is missing" in message(*texts)
     assert "text holds texts, and --tokenizer is missing" in message("corpus.txt")
+    assert "column 'labels' holds labels, and nothing says whether position 0" in message(*labels[:-1])
     assert "column 'labels' holds label ids, and --vocab-size is missing" in message(*labels)
-    assert "--append-eos is for texts" in message(*labels, "--vocab-size", 8, "--append-eos")
-    assert "--special-tokens is for texts" in message(*labels, "--vocab-size", 8, "--no-special-tokens")
-    ignored = message("corpus.jsonl", "--tokenizer", tokenizer, "--ignore-index", 3)
-    assert "--ignore-index is for label ids, and column 'text' holds texts" in ignored
-    assert "--column is 'text', and text files have no columns" in message("corpus.txt", "--column", "text")
-    assert f"{tokenizer} names no end-of-text token" in message(
-        "corpus.jsonl", "--tokenizer", tokenizer, "--append-eos"
+    assert "--append-eos is for texts and completions, and column 'labels' holds labels" in message(
+        *labels, "--vocab-size", 8, "--append-eos"
     )
+    assert "--special-tokens is for texts" in message(*labels, "--vocab-size", 8, "--no-special-tokens")
+    ignored = message(*texts, "--tokenizer", tokenizer, "--ignore-index", 3)
+    assert "--ignore-index is for labels, and column 'text' holds texts" in ignored
+    assert "--column is 'text', and text files have no columns" in message("corpus.txt", "--column", "text")
+    assert f"{tokenizer} names no end-of-text token" in message(*texts, "--tokenizer", tokenizer, "--append-eos")
     assert "--vocab-size" in message(*labels, "--vocab-size", 0)
     assert "accepted are ids from 0 to 3" in message("corpus.txt", "--tokenizer", tokenizer, "--vocab-size", 4)
     exists = message("corpus.txt", "--tokenizer", tokenizer, output="taken.safetensors")

@@ -37,11 +37,11 @@ def big_corpus(kind):
         return "big.txt", ["--tokenizer", "tokenizer.json"]
     if kind == "parquet labels":
         write_parquet("big.parquet", {"labels": pa.array(labels, pa.list_(pa.int32()))}, row_group_size=1000)
-        return "big.parquet", ["--column", "labels", "--vocab-size", 8]
+        return "big.parquet", ["--column", "labels", "--causal", "--vocab-size", 8]
     write_json("big.jsonl", [{"text": text, "labels": ids} for text, ids in zip(texts, labels, strict=True)])
     if kind == "json labels":
-        return "big.jsonl", ["--column", "labels", "--vocab-size", 8]
-    return "big.jsonl", ["--tokenizer", "tokenizer.json"]
+        return "big.jsonl", ["--column", "labels", "--causal", "--vocab-size", 8]
+    return "big.jsonl", ["--kind", "texts", "--tokenizer", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("kind", ["text", "json texts", "json labels", "parquet labels"])
@@ -117,7 +117,7 @@ def test_resume_without_a_partial_file_starts(tokenizer):
         ("file", "holds counts of"),
         ("name", "holds counts of"),
         ("tokenizer", "holds counts of"),
-        ("--no-shift", "holds counts of"),
+        ("--encoder-decoder", "holds counts of"),
         ("--no-special-tokens", "holds counts of"),
         ("--documents", "documents=False"),
         ("--vocab-size=9", "vocab_size 8"),

@@ -36,7 +36,7 @@ def test_inspect_shows_tokens_as_they_are(tokenizer):
     made.add_tokens(["[red]", "a\nb"])
     made.save("markup.json")
     write_json("labels.jsonl", [{"labels": [8, 9, 9]}])
-    options = ["--column", "labels", "--vocab-size", 10, "--no-shift"]
+    options = ["--column", "labels", "--vocab-size", 10, "--encoder-decoder"]
     run("count", "labels.jsonl", *options, "--output", "c.safetensors")
     run("weights", "c.safetensors", "--output", "w.safetensors")
     output = run("inspect", "w.safetensors", "c.safetensors", "--tokenizer", "markup.json")
@@ -56,6 +56,6 @@ def test_errors_of_inspect(weights, counts):
     assert "there is no file nowhere" in fail(2, "inspect", "nowhere", counts)
     assert "accepted is pdl_kernels weight table" in fail(2, "inspect", counts, weights)
     write_json("labels.jsonl", [{"labels": [3, 4]}])
-    run("count", "labels.jsonl", "--column", "labels", "--vocab-size", 20, "--output", "long.safetensors")
+    run("count", "labels.jsonl", "--column", "labels", "--causal", "--vocab-size", 20, "--output", "long.safetensors")
     assert "counts have 20 entries; accepted are at most 8" in fail(2, "inspect", weights, "long.safetensors")
     assert "long.safetensors" in fail(2, "inspect", weights, "long.safetensors", "--tokenizer", "long.safetensors")

@@ -13,7 +13,7 @@ from helpers.counting import ROWS, TEXTS, V, by_hand, from_dataset, from_texts, 
 from helpers.tokenizers import make_transformers_tokenizer
 
 from pdl_kernels import TokenCounts
-from pdl_kernels.weights import counts as frequency
+from pdl_kernels.weights import tally
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,12 +72,12 @@ def test_texts_and_data_sets_go_on(datasets, tmp_path, monkeypatch, kind):
     calls = 0
     add = TokenCounts._add
 
-    def interrupted(self, blocks, ignore_index, rows):
+    def interrupted(self, *batch):
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return add(self, blocks, ignore_index, rows)
+        return add(self, *batch)
 
     monkeypatch.setattr(TokenCounts, "_add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +88,7 @@ def test_texts_and_data_sets_go_on(datasets, tmp_path, monkeypatch, kind):
 
 def test_checkpoints_are_written_on_the_way(tmp_path, monkeypatch):
     """A killed process writes nothing at the end."""
-    monkeypatch.setattr(frequency, "CHECKPOINT_IDS", 5)
+    monkeypatch.setattr(tally, "CHECKPOINT_IDS", 5)
     saved = []
     save = TokenCounts.save
     monkeypatch.setattr(TokenCounts, "save", lambda self, path: (saved.append(self.sequences), save(self, path)))
@@ -171,14 +171,14 @@ COUNT_AND_STOP = """
 import sys
 import datasets
 from pdl_kernels import TokenCounts
-from pdl_kernels.weights import counts as frequency
+from pdl_kernels.weights import tally
 dataset = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
 def interrupted(add, calls=[]):
-    def count(self, blocks, ignore_index, rows):
+    def count(self, *batch):
         calls.append(1)
         if len(calls) == 3 and sys.argv[4] == "stop":
             raise KeyboardInterrupt
-        return add(self, blocks, ignore_index, rows)
+        return add(self, *batch)
     return count
 TokenCounts._add = interrupted(TokenCounts._add)
 dataset = dataset.map(lambda row: {"labels": [token + 1 for token in row["labels"]]})

@@ -76,8 +76,8 @@ def test_stored_padding_and_truncation_are_not_counted(kind):
     ("texts", "tokenizer", "error", "message"),
     [
         ("a text", by_hand, TypeError, "texts is a str"),
-        (["ant", None], by_hand, TypeError, r"texts\[1\] is a NoneType"),
-        (["ant", b"bee"], by_hand, TypeError, r"texts\[1\] is a bytes"),
+        (["ant", None], by_hand, TypeError, r"texts\[1\] is null"),
+        (["ant", b"bee"], by_hand, TypeError, r"texts\[1\] is of type bytes"),
         (["ant"], "gpt2", TypeError, "tokenizer is a str"),
         (["ant"], None, TypeError, "tokenizer is a NoneType"),
         (["ant bee", "ant"], lambda text: [0, 1, 55][: len(text)], IndexError, r"the tokens of text 0\[2\] is 55"),

@@ -77,6 +77,10 @@ def test_other_programs_can_read_what_is_in_a_file(tmp_path):
         "rows_read": 0,
         "tokenizer": "animals",
         "counted": "two lines, not shifted",
+        "left_out": 0,
+        "parts": [],
+        "eos_id": None,
+        "special_ids": [],
     }
 
 

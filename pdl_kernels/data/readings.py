@@ -1,0 +1,228 @@
+"""How the columns of a file are to be read: as texts, completions, chats or labels."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdl_kernels.data.contents import EMPTY, IDS, MESSAGES, NULL, STRINGS, Content, missing_column
+
+TEXTS, COMPLETIONS, CHATS, LABELS, STREAM = "texts", "completions", "chats", "labels", "stream"
+KINDS = {
+    TEXTS: "texts, each a sequence of its own",
+    COMPLETIONS: "answers, each after its prompt",
+    CHATS: "messages of several roles",
+    LABELS: "label ids, masked as training masks them",
+    STREAM: "a file of nothing but token ids",
+}
+HOLDS = {
+    TEXTS: (STRINGS,),
+    COMPLETIONS: (STRINGS, MESSAGES),
+    CHATS: (MESSAGES,),
+    LABELS: (IDS, EMPTY),
+}
+CHAT_COLUMNS = ("messages", "conversations")
+# Completions by the names that people give them, the columns of their prompts, and those that may be missing.
+PAIRS = (
+    ("completion", ("prompt",), ()),
+    ("response", ("prompt",), ()),
+    ("output", ("instruction",), ("input",)),
+    ("response", ("instruction",), ("input", "context")),
+    ("answer", ("question",), ()),
+    ("response", ("query",), ()),
+    ("summary", ("document",), ()),
+    ("summary", ("dialogue",), ()),
+    ("summary", ("text",), ()),
+    ("highlights", ("article",), ()),
+)
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of a row, beside its messages: for its chat template
+MASKS = ("completion_mask", "assistant_masks")  # beside input_ids: what training makes labels of
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What comes before a completion.
+
+    Attributes:
+        columns: that each row has.
+        optional: that a row need not have.
+        template: text with columns in braces; None for a single column as it stands, or the columns that are not empty,
+            each followed by a line break.
+    """
+
+    columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    template: str | None = None
+
+    def of(self, row: Mapping[str, Any]) -> Any:
+        """The prompt of a row: text, messages, or None where a column that must be there is null."""
+        parts = {column: row.get(column) for column in (*self.columns, *self.optional)}
+        if any(parts[column] is None for column in self.columns):
+            return None
+        if self.template is not None:
+            return self.template.format_map(parts)
+        if self.as_it_stands:
+            return parts[self.columns[0]]
+        return "".join(f"{part}\n" for part in parts.values() if part)
+
+    @property
+    def as_it_stands(self) -> bool:
+        return self.columns == ("prompt",) and not self.optional and self.template is None
+
+    def __str__(self) -> str:
+        if self.template is not None:
+            return repr(self.template)
+        names = _listed([*self.columns, *self.optional])
+        return names if self.as_it_stands else f"{names} and a line break"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is counted: a kind of data, and where it lies."""
+
+    kind: str
+    column: str  # the texts, completions, messages or labels
+    prompt: Prompt | None = None  # of completions
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that each row must have."""
+        return (*(self.prompt.columns if self.prompt else ()), self.column)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        prompt = self.prompt.optional if self.prompt else ()
+        return (*prompt, *TEMPLATE_COLUMNS) if self.kind in (CHATS, COMPLETIONS) else ()
+
+    def __str__(self) -> str:
+        after = f" after {self.prompt}" if self.prompt else ""
+        return f"{self.kind} (`{self.column}`{after})"
+
+
+def readings(contents: Mapping[str, Content]) -> list[Reading]:
+    """All that columns with these names and contents are commonly read as."""
+    holds = {column: content.holds for column, content in contents.items()}
+    found = [Reading(CHATS, column) for column in CHAT_COLUMNS if holds.get(column) in (MESSAGES, EMPTY, NULL)]
+    for column, prompt, optional in PAIRS:
+        if holds.get(column) in (STRINGS, MESSAGES, NULL) and all(part in holds for part in prompt):
+            present = tuple(part for part in optional if part in holds)
+            found.append(Reading(COMPLETIONS, column, Prompt(prompt, present)))
+    if holds.get("text") in (STRINGS, NULL):
+        found.append(Reading(TEXTS, "text"))
+    for column in ("labels", "input_ids"):
+        if holds.get(column) in (IDS, EMPTY) and not any(reading.kind == LABELS for reading in found):
+            found.append(Reading(LABELS, column))
+    return found or [_plain(column, holds[column]) for column in holds if len(holds) == 1 and _countable(holds[column])]
+
+
+def choose(
+    contents: Mapping[str, Content], name: str, kind: str | None, column: str | None, prompt: str | None
+) -> Reading:
+    """The one reading that the columns of the file `name` and the wishes of the user leave.
+
+    Args:
+        kind, column: as in `Reading`; None for what the columns say.
+        prompt: a column, or a template with columns in braces.
+
+    Raises:
+        ValueError: none, or several; names them.
+    """
+    if prompt is not None and kind not in (None, COMPLETIONS):
+        raise ValueError(f"--prompt is for completions, and --kind is {kind}")
+    for wanted in (*([column] if column else ()), *(prompt_of(prompt).columns if prompt else ())):
+        if wanted not in contents:
+            raise ValueError(missing_column(name, wanted, list(contents)))
+    found = readings(contents)
+    if column is not None:
+        found = [reading for reading in found if reading.column == column]
+    if prompt is not None:
+        found = _with_prompt(found, column, prompt_of(prompt))
+    if kind is not None:
+        found = [reading for reading in found if reading.kind == kind] or _of_kind(contents, kind, column)
+    elif column is not None and not found:
+        found = [_plain(column, contents[column].holds)] if _countable(contents[column].holds) else []
+    if len(found) > 1:
+        raise ValueError(
+            f"{name} can be read as {' and as '.join(map(str, found))}; --kind and --column say which is meant"
+        )
+    if not found:
+        raise ValueError(_nothing_to_count(contents, name, kind, column))
+    reading = found[0]
+    _check(reading, contents, name)
+    return reading
+
+
+def prompt_of(text: str) -> Prompt:
+    """ValueError: braces that are no column's."""
+    if "{" not in text:
+        return Prompt((text,), (), None if text == "prompt" else "{" + text + "}")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+    except ValueError as error:
+        raise ValueError(f"--prompt is {text!r} ({error}); accepted is text with columns in braces") from None
+    return Prompt(tuple(dict.fromkeys(fields)), (), text)
+
+
+def _with_prompt(found: Sequence[Reading], column: str | None, prompt: Prompt) -> list[Reading]:
+    if column is not None:
+        return [Reading(COMPLETIONS, column, prompt)]
+    completions = [reading for reading in found if reading.kind == COMPLETIONS]
+    return [Reading(COMPLETIONS, reading.column, prompt) for reading in completions]
+
+
+def _of_kind(contents: Mapping[str, Content], kind: str, column: str | None) -> list[Reading]:
+    """Readings of a kind that was asked for, whatever the columns are called."""
+    if kind == COMPLETIONS:
+        return []  # what comes before them must be said
+    columns = [column] if column is not None else [name for name in contents if contents[name].holds in HOLDS[kind]]
+    return [Reading(kind, name) for name in columns]
+
+
+def _plain(column: str, holds: str) -> Reading:
+    kind = {MESSAGES: CHATS, IDS: LABELS, EMPTY: LABELS}.get(holds, TEXTS)
+    return Reading(kind, column)
+
+
+def _countable(holds: str) -> bool:
+    return holds in (STRINGS, IDS, MESSAGES, EMPTY, NULL)
+
+
+def _check(reading: Reading, contents: Mapping[str, Content], name: str) -> None:
+    content = contents[reading.column]
+    if content.holds not in (*HOLDS[reading.kind], NULL, EMPTY):
+        accepted = " or ".join(HOLDS[reading.kind])
+        raise ValueError(
+            f"{content.place}: column {reading.column!r} holds {content.holds}; accepted are {accepted}, to be read as "
+            f"{reading.kind}"
+        )
+    masks = [column for column in MASKS if column in contents]
+    if reading.column == "input_ids" and masks:
+        raise ValueError(
+            f"{name} has `input_ids`, and {_listed(masks)}, of which training makes labels: count what its data loader "
+            "gives, by TokenCounts.from_dataloader"
+        )
+
+
+def _nothing_to_count(contents: Mapping[str, Content], name: str, kind: str | None, column: str | None) -> str:
+    if column is not None:
+        content = contents[column]
+        hint = "; --prompt says what comes before a completion" if kind == COMPLETIONS else ""
+        if hint:
+            return f"--kind is {kind}, and nothing says what comes before `{column}`{hint}"
+        return (
+            f"{content.place}: column {column!r} holds {content.holds}; accepted are strings, lists of integers and "
+            "messages"
+        )
+    columns = ", ".join(f"{column!r} ({content.holds})" for column, content in contents.items())
+    asked = f" as {kind}" if kind else ""
+    accepted = "--kind and --column say what they are"
+    if kind == COMPLETIONS:
+        accepted = "--column says where the completions are, and --prompt what comes before them"
+    return f"{name} has the columns {columns}, which cannot be read{asked} without more; {accepted}"
+
+
+def _listed(columns: Sequence[str]) -> str:
+    names = [f"`{column}`" for column in columns]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
