@@ -94,6 +94,21 @@ def _from_hub(name: str) -> Any:
         ) from None
 
 
+def output_width(model: Path) -> int:
+    """The number of entries of a model's output layer, by its config.json; `model` is its folder or that file."""
+    path = model / "config.json" if model.is_dir() else model
+    if not path.is_file():
+        raise FileNotFoundError(f"--model is {model}, and there is no file {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        width = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"--model is {model}, and {path} is no config.json ({first_line(error)})") from None
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"--model is {model}, and {path} says vocab_size {width!r}; accepted is an integer >= 1")
+    return width
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """The same for tokenizers that do the same, wherever they were read from.
 

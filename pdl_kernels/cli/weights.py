@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
-from pdl_kernels.cli.arguments import CountsFile, Overwrite, Tokenizer, check_output, load_tokenizer
+from pdl_kernels.cli.arguments import CountsFile, Overwrite, Tokenizer, check_output, load_tokenizer, output_width
 from pdl_kernels.data.tokenizers import special_token_ids
 from pdl_kernels.weights.counts import TokenCounts
 from pdl_kernels.weights.description import describe
@@ -53,6 +54,14 @@ VocabSize = Annotated[
         min=1,
         help="Length of the table: the width of the model's output layer. Entries beyond the counts are unseen.",
         show_default="the counts' length",
+    ),
+]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="A model's folder, of which config.json is read: the table becomes as long as its output layer, and what "
+        "does not fit the counts is said.",
+        show_default=False,
     ),
 ]
 RecipeName = Annotated[
@@ -152,6 +161,7 @@ def weights(
     counts: CountsFile,
     output: Output,
     vocab_size: VocabSize = None,
+    model: Model = None,
     tokenizer: Tokenizer = None,
     overwrite: Overwrite = False,
     recipe: RecipeName = None,
@@ -194,6 +204,8 @@ def weights(
             f"--recipe idf needs the texts that hold each token, and {counts} was made without; accepted are counts of "
             "`pdl-kernels count --documents`"
         )
+    width = None if model is None else output_width(model)
+    vocab_size, of_the_model = _fitted_to(width, model, token_counts.vocab_size, vocab_size)
     with _arguments_named_as_options():
         if paper:
             weighting: Weighting = PowerLawWeighting.paper()
@@ -206,6 +218,47 @@ def weights(
     save_weights(output, table, weighting, token_counts)
     print(f"{output}: {weighting!r}")
     print(description)
+    for warning in [*_uncounted_eos(token_counts, loaded, table, weighting), *of_the_model]:
+        print(f"warning: {warning}")
+
+
+def _uncounted_eos(counts: TokenCounts, tokenizer: Any, table: Tensor, weighting: Weighting) -> list[str]:
+    """A warning where EOS has weight 1 because it was never counted, and not because that was asked for."""
+    eos = counts.eos_id if tokenizer is None else getattr(tokenizer, "eos_token_id", None)
+    if eos is None or not eos < counts.vocab_size or counts.counts[eos] > 0:
+        return []
+    if table[eos] != 1 or eos in weighting.neutral_ids:
+        return []  # `describe` has warned, or there is nothing to warn of
+    return [
+        f"EOS (id {eos}) was never counted: if training ends texts with it, these are not the counts of training; "
+        "`pdl-kernels count --append-eos` counts it where the data do not hold it"
+    ]
+
+
+def _fitted_to(
+    width: int | None, model: Path | None, counted: int, vocab_size: int | None
+) -> tuple[int | None, list[str]]:
+    """The length of the table, and warnings, for a model whose output layer has `width` entries."""
+    if width is None:
+        return vocab_size, []
+    if counted > width:
+        raise ValueError(
+            f"--model {model} has an output layer of {width:,} entries, and the counts are of {counted:,}: they come "
+            "from another tokenizer, or were counted with another --vocab-size"
+        )
+    warnings = []
+    if counted < width:
+        warnings.append(
+            f"the counts end at {counted:,}, and the output layer of {model} has {width:,} entries: those beyond were "
+            "never counted, which is right where they are padding"
+        )
+    if vocab_size is not None and vocab_size != width:
+        comparison = "smaller" if vocab_size < width else "larger"
+        warnings.append(
+            f"--vocab-size is {vocab_size:,}, {comparison} than the output layer of {model}, {width:,}: the loss would "
+            "refuse this table"
+        )
+    return (width if vocab_size is None else vocab_size), warnings
 
 
 def _given(**options: Any) -> dict[str, Any]:

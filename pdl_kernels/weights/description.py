@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdl_kernels.data.tokenizers import token_text
+from pdl_kernels.data.tokenizers import special_token_ids, token_text
 from pdl_kernels.weights.checks import check_table_and_counts
 from pdl_kernels.weights.counts import TokenCounts
+from pdl_kernels.weights.data_warnings import eos_warnings, mixture_warnings, special_token_warnings
 
 MOST_FREQUENT_TYPES = 100
 LISTED_TYPES = 10
@@ -122,8 +123,7 @@ def describe(table: Tensor, counts: Tensor | TokenCounts, tokenizer: Any = None)
         largest_types=listed(by_share[seen[by_share]]),
         warnings=(),
     )
-    sequences = counts.sequences if isinstance(counts, TokenCounts) else 0
-    warnings = [*_warnings(found), *_end_of_text_warnings(found, weights, tokens, sequences, tokenizer)]
+    warnings = [*_warnings(found), *_data_warnings(found, weights, tokens, counts, tokenizer)]
     return replace(found, warnings=tuple(warnings))
 
 
@@ -159,21 +159,26 @@ def _warnings(found: Description) -> Sequence[str]:
     return warnings
 
 
-def _end_of_text_warnings(
-    found: Description, weights: Tensor, tokens: Tensor, sequences: int, tokenizer: Any
+def _data_warnings(
+    found: Description, weights: Tensor, tokens: Tensor, counts: Tensor | TokenCounts, tokenizer: Any
 ) -> Sequence[str]:
-    """Whether EOS, which training often adds to the texts, was left out of the counts; of no concern at weight 1."""
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if not isinstance(eos, int) or not 0 <= eos < len(weights) or tokens[eos] > 0 or weights[eos] == 1:
-        return []
-    name = f"EOS ({_text(tokenizer, eos)!r}, id {eos})"
-    if sequences == 0:
-        return [f"{name} was never counted: if training has it as a target, count it, or make it neutral"]
-    mass = sequences * weights[eos].item()
-    share = mass / (mass + found.mean_weight * found.targets)
+    """What the counts themselves tell; which tokens are special, the tokenizer knows, or the counts remember."""
+    known = counts if isinstance(counts, TokenCounts) else None
+    special: Sequence[int] = known.special_ids if known else ()
+    eos = known.eos_id if known else None
+    if tokenizer is not None:
+        special = special_token_ids(tokenizer)
+        eos = getattr(tokenizer, "eos_token_id", None)
+
+    def named(index: int) -> str:
+        text = _text(tokenizer, index)
+        return f"id {index}" if text is None else f"{text!r}, id {index}"
+
+    mean = found.mean_weight
     return [
-        f"{name} was never counted: if training has it as a target, once per sequence it would hold {share:.0%} of the "
-        "weight; count it, or make it neutral"
+        *eos_warnings(eos, weights, tokens, known.sequences if known else 0, mean, named),
+        *special_token_warnings(special, weights, tokens, mean, named),
+        *(mixture_warnings(known) if known else ()),
     ]
 
 
