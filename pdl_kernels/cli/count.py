@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pdl_kernels.cli import count_options as options
-from pdl_kernels.cli.arguments import Overwrite, beside, check_output, load_tokenizer, tokenizer_fingerprint
+from pdl_kernels.cli.arguments import Overwrite, beside, check_output, load_tokenizer
+from pdl_kernels.cli.counting import Work
 from pdl_kernels.data.corpora import Corpus, open_corpus
 from pdl_kernels.data.readings import CHATS, COMPLETIONS, LABELS, STREAM, TEXTS
-from pdl_kernels.data.tokenizers import vocab_size_of
 from pdl_kernels.weights.counts import TokenCounts
 
 # How arguments in messages of the package are called here.
@@ -125,7 +125,7 @@ def count(
     _check_options(corpus, given)
     _check_what_is_needed(corpus, tokenizer, vocab_size)
     loaded = load_tokenizer(tokenizer)
-    work = _Work(corpus, loaded, tokenizer, vocab_size, given, documents, partial if corpus.resumable else None)
+    work = Work(corpus, loaded, tokenizer, vocab_size, given, documents, partial if corpus.resumable else None)
     if partial.exists() and not resume:
         partial.unlink()
 
@@ -176,145 +176,8 @@ def _check_what_is_needed(corpus: Corpus, tokenizer: str | None, vocab_size: int
         raise ValueError(f"{corpus.name} holds label ids, and --vocab-size is missing; --tokenizer gives it too")
 
 
-class _Work:
-    """Counting one corpus, by the method of `TokenCounts` for its kind."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        tokenizer: Any,
-        name: str | None,
-        vocab_size: int | None,
-        given: dict[str, Any],
-        documents: bool,
-        checkpoint: Path | None,
-    ) -> None:
-        self.corpus = corpus
-        self.tokenizer = tokenizer
-        self.name = name
-        self.vocab_size = vocab_size
-        self.given = given
-        eos = given["--append-eos"]
-        self.append_eos = corpus.kind == COMPLETIONS if eos is None else eos
-        if self.append_eos and getattr(tokenizer, "eos_token_id", None) is None:
-            raise ValueError(
-                f"--append-eos: {name} names no end-of-text token; accepted are a folder, hub name or .gguf that does, "
-                "and --no-append-eos"
-            )
-        self.common: dict[str, Any] = {
-            "documents": documents,
-            "checkpoint": checkpoint,
-            "progress": sys.stderr.isatty(),
-        }
-
-    def count(self) -> TokenCounts:
-        print(self.describe())
-        if self.corpus.kind in (LABELS, STREAM):
-            counts = self._labels() if self.corpus.kind == LABELS else self._stream()
-            if self.tokenizer is not None:
-                counts.remember_special_tokens(self.tokenizer)
-            return counts
-        return self._tokenized()
-
-    def describe(self) -> str:
-        """What is about to be counted."""
-        reading, given = self.corpus.reading, self.given
-        rows = None if self.corpus.kind == STREAM else self.corpus.length
-        size = "" if rows is None else f", {rows:,} rows"
-        if reading.kind == STREAM:
-            return f"counting {self.corpus.source}: {len(self.corpus.rows):,} tokens, each file's first is no target"
-        if reading.kind == LABELS:
-            position = "no target" if given["--causal/--encoder-decoder"] else "a target, too"
-            return f"counting labels of `{reading.column}`{size}: position 0 of each is {position}"
-        if reading.kind == TEXTS:
-            first = "its first, too" if given["--causal/--encoder-decoder"] is False else "but its first"
-            return f"counting texts of `{reading.column}`{size}: every token of a text {first}{self._eos()}"
-        if reading.kind == CHATS:
-            whole = given["--assistant-only-loss"] is False
-            what = "whole chats of" if whole else "assistant messages of"
-            return f"counting {what} `{reading.column}`{size and size.replace('rows', 'chats')}{self._fit()}"
-        prompts = "prompts and " if given["--completion-only-loss"] is False else ""
-        return (
-            f"counting {prompts}completions of `{reading.column}`, each after {reading.prompt}{size}{self._eos()}"
-            f"{self._fit()}"
-        )
-
-    def _eos(self) -> str:
-        return ", and EOS after it" if self.append_eos else ", no EOS after it"
-
-    def _fit(self) -> str:
-        length = self.given["--max-length"]
-        return ", nothing cut" if length is None else f", cut to {length:,} tokens"
-
-    def _labels(self) -> TokenCounts:
-        ignore_index = self.given["--ignore-index"]
-        return TokenCounts.from_dataset(
-            self.corpus.rows,
-            self._size(),
-            self.corpus.reading.column,
-            self.given["--causal/--encoder-decoder"],
-            tokenizer=self.name,
-            ignore_index=options.IGNORE_INDEX if ignore_index is None else ignore_index,
-            source=self.corpus.source,
-            batch_size=self.corpus.batch_size,
-            **self.common,
-        )
-
-    def _stream(self) -> TokenCounts:
-        return TokenCounts.from_stream(
-            self.corpus.rows, self._size(), tokenizer=self.name, source=self.corpus.source, **self.common
-        )
-
-    def _size(self) -> int:
-        return vocab_size_of(self.tokenizer) if self.vocab_size is None else self.vocab_size
-
-    def _tokenized(self) -> TokenCounts:
-        given, kind = self.given, self.corpus.kind
-        arguments: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "max_length": given["--max-length"],
-            "truncation_mode": given["--truncation-mode"] or "keep_start",
-            "packing": given["--packing"],
-            "skip_empty": bool(given["--skip-empty"]),
-            "source": f"{self.corpus.name} of {self.corpus.source}, tokenizer {tokenizer_fingerprint(self.tokenizer)}",
-            "batch_size": self.corpus.batch_size,
-            **self.common,
-        }
-        if kind == TEXTS:
-            arguments |= {
-                "shift": given["--causal/--encoder-decoder"] is not False,
-                "add_special_tokens": given["--special-tokens"] is not False,
-                "append_eos": self.append_eos,
-            }
-            return TokenCounts.from_texts(self.corpus.rows, self.tokenizer, **arguments)
-        arguments |= {"chat_template": _template(given["--chat-template"]), "roles": _roles(given["--role"])}
-        if kind == CHATS:
-            arguments["assistant_only_loss"] = given["--assistant-only-loss"] is not False
-            return TokenCounts.from_chats(self.corpus.rows, self.tokenizer, **arguments)
-        arguments |= {
-            "completion_only_loss": given["--completion-only-loss"] is not False,
-            "assistant_only_loss": given["--assistant-only-loss"] is True,
-            "append_eos": self.append_eos,
-        }
-        return TokenCounts.from_completions(self.corpus.rows, self.tokenizer, **arguments)
-
-
-def _template(file: Path | None) -> str | None:
-    return None if file is None else file.read_text(encoding="utf-8")
-
-
-def _roles(given: list[str] | None) -> dict[str, str]:
-    roles = {}
-    for text in given or []:
-        name, equals, role = text.partition("=")
-        if not (name and equals and role):
-            raise ValueError(f"--role is {text!r}; accepted is NAME=ROLE, such as gpt=assistant")
-        roles[name] = role
-    return roles
-
-
 def _print_result(output: Path, counts: TokenCounts, seconds: float) -> None:
-    left_out = f", {counts.left_out:,} rows left out" if counts.left_out else ""
+    left_out = f", {counts.left_out:,} left out" if counts.left_out else ""
     print(
         f"{output}: {counts.total:,} targets in {counts.sequences:,} sequences{left_out}, "
         f"{int((counts.counts > 0).sum()):,} of {counts.vocab_size:,} types seen, {seconds:.1f} s"

@@ -11,7 +11,7 @@ from pdl_kernels.data.batches import Place
 from pdl_kernels.data.chats import IGNORED, ChatTemplate
 from pdl_kernels.data.labels import Integers
 from pdl_kernels.data.sequences import Numbered
-from pdl_kernels.data.tokenizers import encoder_of
+from pdl_kernels.data.tokenizers import encoder_of, end_of_text
 
 
 class Completions:
@@ -22,17 +22,23 @@ class Completions:
     Args:
         tokenizer: as in `TokenCounts.from_texts`; for messages of `transformers`.
         completion_only: the prompt is no target.
-        eos: text that is appended to completions of text that do not end with it; "" for none.
+        append_eos: append the tokenizer's EOS, as text, to completions of text that do not end with it.
         chat: for messages: makes the template.
     """
 
     def __init__(
-        self, tokenizer: Any, completion_only: bool, eos: str, assistant_only: bool, chat: Callable[[], ChatTemplate]
+        self,
+        tokenizer: Any,
+        completion_only: bool,
+        append_eos: bool,
+        assistant_only: bool,
+        chat: Callable[[], ChatTemplate],
     ) -> None:
+        self.tokenizer = tokenizer
         self.encode = encoder_of(tokenizer, add_special_tokens=True)
         self.completion_only = completion_only
         self.assistant_only = assistant_only
-        self.eos = eos
+        self.append_eos = append_eos
         self.make_chat = chat
         self.chat: ChatTemplate | None = None
 
@@ -51,7 +57,8 @@ class Completions:
             raise ValueError(f"{place(rows[0][0])}: assistant_only_loss is for messages, and the completion is text")
         if not rows:
             return
-        completions = [text if text.endswith(self.eos) else text + self.eos for *_, text in rows]
+        eos = end_of_text(self.tokenizer) if self.append_eos else ""
+        completions = [text if text.endswith(eos) else text + eos for *_, text in rows]
         whole = self.encode([prompt + text for (_, _, prompt, _), text in zip(rows, completions, strict=True)])
         prompts = self.encode([prompt for _, _, prompt, _ in rows]) if self.completion_only else whole
         for (number, *_), ids, before in zip(rows, whole, prompts, strict=True):

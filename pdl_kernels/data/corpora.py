@@ -67,13 +67,13 @@ class Rows:
         self.files = files
         self.reading = reading
         self.place = files.place
+        self.size: int | None = None
         if hasattr(files, "bytes_read"):
             self.size, self.bytes_read = files.size, files.bytes_read
-        if hasattr(files, "__len__"):
-            self.length = len(files)
+        self.length = files.rows_known() if hasattr(files, "rows_known") else length(files)
 
     def __len__(self) -> int:
-        if not hasattr(self, "length"):
+        if self.length is None:
             raise TypeError("the number of rows is not known before they are read")
         return self.length
 
@@ -187,7 +187,7 @@ def _stream(
     rows = TokenFiles(files, dtype, end)
     indices = [index for index in rows.indices if index is not None]
     source = _source(files, [*files, *indices], "token file")
-    return Corpus(rows, Reading(readings.STREAM, ""), 1, "stream", f"{rows.describe()} of {source}")
+    return Corpus(rows, Reading(readings.STREAM, ""), 1, "stream", f"{rows.describe()}; {source}")
 
 
 def _refuse_of_streams(dtype: str | None, separator: int | None, found: str) -> None:

@@ -23,6 +23,7 @@ from pdl_kernels.data.inputs import Input, StandardInput, total_size
 
 TEXT_COLUMN = "text"  # what the only column of a text file is called
 LOOKED_AT = 100  # rows whose columns tell what a file holds
+COUNTED_BYTES = 2**30  # of files whose lines are counted before they are read
 CHUNK = 2**20  # bytes of an array read at a time
 LONGEST_WORD = 16  # of JSON: characters at the end of a text in which an error may come from the end
 _SPACES = re.compile(r"[ \t\r\n]*")
@@ -54,6 +55,17 @@ class TextFiles:
         if any(isinstance(file, StandardInput) for file in self.files):
             return f"standard input, row {row}"
         return next(itertools.islice(self._places(), row, None))
+
+    def rows_known(self) -> int | None:
+        """How many rows there are, where the files are small enough to count their lines before anything else."""
+        plain = not any(file.packed or file.base == ".json" for file in self.files)
+        if not plain or self.size is None or self.size > COUNTED_BYTES:
+            return None
+        rows = 0
+        for file in self.files:
+            with file.opened() as stream:
+                rows += sum(1 for line in stream if line.strip())
+        return rows
 
     @property
     def size(self) -> int | None:

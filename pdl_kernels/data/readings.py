@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pdl_kernels.data.contents import EMPTY, IDS, MESSAGES, NULL, STRINGS, Content, missing_column
@@ -85,6 +85,7 @@ class Reading:
     kind: str
     column: str  # the texts, completions, messages or labels
     prompt: Prompt | None = None  # of completions
+    messages: bool = False  # whether completions are messages, which the chat template ends
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -149,9 +150,8 @@ def choose(
         )
     if not found:
         raise ValueError(_nothing_to_count(contents, name, kind, column))
-    reading = found[0]
-    _check(reading, contents, name)
-    return reading
+    _check(found[0], contents, name)
+    return replace(found[0], messages=contents[found[0].column].holds == MESSAGES)
 
 
 def prompt_of(text: str) -> Prompt:

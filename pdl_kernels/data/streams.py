@@ -78,11 +78,12 @@ class TokenFiles:
 
     def describe(self) -> str:
         dtypes = " and ".join(dict.fromkeys(file.dtype for file in self.files))
+        names = ", ".join(file.path.name for file in self.files[:3]) + (", ..." if len(self.files) > 3 else "")
         if any(file.ends is not None for file in self.files):
             documents = ", documents as its .idx tells"
         else:
             documents = "" if self.separator is None else f", documents end with id {self.separator}"
-        return f"the stream of {dtypes} tokens{documents}"
+        return f"{dtypes} tokens of {names}, each file one stream{documents}"
 
     def blocks(self, skipped: int, whole: bool) -> Batches:
         """The ids after the first `skipped`, some at a time, and how many; with `whole`, no document is cut."""

@@ -175,7 +175,7 @@ class TokenCounts(TextCounts):
             files = TokenFiles([Path(name) for name in names], dtype, separator)
         counts = cls(vocab_size, documents=documents, tokenizer=tokenizer)
         counts.parts = ["labels"]
-        counts.counted = source or f"{files.describe()} of {', '.join(str(file.path) for file in files.files)}"
+        counts.counted = source or files.describe()
         counts._resume(checkpoint)
         counts._add_batches(files.blocks(counts.rows_read, documents), None, checkpoint, files, "token", progress)
         return counts

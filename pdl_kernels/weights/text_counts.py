@@ -14,7 +14,7 @@ from pdl_kernels.data.chats import ChatTemplate, says_something
 from pdl_kernels.data.completions import Completions, is_empty_pair
 from pdl_kernels.data.labels import describe_label_settings, id_array
 from pdl_kernels.data.sequences import Fit, Numbered, filled_batches
-from pdl_kernels.data.tokenizers import encoder_of, end_of_text, end_of_text_id, name_of, vocab_size_of
+from pdl_kernels.data.tokenizers import encoder_of, end_of_text_id, name_of, vocab_size_of
 from pdl_kernels.weights.tally import Tally
 
 Self = TypeVar("Self", bound="TextCounts")
@@ -148,9 +148,8 @@ class TextCounts(Tally):
         [1, 0, 1, 1]
         """
         fit = Fit(max_length, truncation_mode, packing)
-        eos = end_of_text(tokenizer) if append_eos else ""
         make_chat = functools.partial(ChatTemplate, tokenizer, chat_template, assistant_only_loss, roles)
-        completions = Completions(tokenizer, completion_only_loss, eos, assistant_only_loss, make_chat)
+        completions = Completions(tokenizer, completion_only_loss, append_eos, assistant_only_loss, make_chat)
         parts = ["answers"] if completion_only_loss or assistant_only_loss else ["prompts", "answers"]
         counts = cls._of_tokenizer(tokenizer, vocab_size, documents, parts)
         counts.counted = (
