@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pdl_kernels.data.batches import Place
+from pdl_kernels.data.batches import Place, RowName
 from pdl_kernels.data.labels import Integers
 from pdl_kernels.data.sequences import Numbered
 from pdl_kernels.errors import first_line
@@ -80,14 +80,14 @@ class ChatTemplate:
             encoded.append((found["input_ids"], found["assistant_masks"] if mask else None))
         return encoded
 
-    def read(self, row: Mapping[str, Any], value: Any, what: str, where: str) -> tuple[Any, dict[str, Any]]:
+    def read(self, row: Mapping[str, Any], value: Any, what: str, where: RowName) -> tuple[Any, dict[str, Any]]:
         """The messages, with their roles as the template calls them, and the row's own options of the template."""
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             found = "empty" if isinstance(value, Sequence) and not value else f"a {type(value).__name__}"
             raise ValueError(f"{where}: {what} are {found}; accepted is a list of messages with role and content")
         return [self._message(message, what, where) for message in value], _template_options(row, where)
 
-    def _message(self, message: Any, what: str, where: str) -> dict[str, Any]:
+    def _message(self, message: Any, what: str, where: RowName) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise ValueError(f"{where}: {what} hold a {type(message).__name__}; accepted are objects with a role")
         names: dict[Any, str] = {"from": "role", "value": "content"}
@@ -152,7 +152,7 @@ def says_something(messages: Any, roles: Mapping[str, str] | None) -> bool:
     return any((roles or {}).get(name, name) == "assistant" for name in names)
 
 
-def _template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _template_options(row: Mapping[str, Any], where: RowName) -> dict[str, Any]:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:

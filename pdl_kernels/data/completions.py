@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pdl_kernels.data.batches import Place
+from pdl_kernels.data.batches import Place, RowName
 from pdl_kernels.data.chats import IGNORED, ChatTemplate
 from pdl_kernels.data.labels import Integers
 from pdl_kernels.data.sequences import Numbered
@@ -46,7 +46,7 @@ class Completions:
         texts: list[tuple[int, Any, str, str]] = []
         chats: list[tuple[int, Any, Any, Any]] = []
         for number, row in rows:
-            prompt, completion = _pair(row, place(number))
+            prompt, completion = _pair(row, RowName(place, number))
             kind = texts if isinstance(completion, str) else chats
             kind.append((number, row, prompt, completion))
         found = dict(self._of_texts(texts, place)) | dict(self._of_chats(chats, place))
@@ -71,7 +71,7 @@ class Completions:
             self.chat = self.make_chat()
         prompts, whole = [], []
         for number, row, prompt, completion in rows:
-            where = place(number)
+            where = RowName(place, number)
             messages, options = self.chat.read(row, prompt, "the messages of the prompt", where)
             answer, _ = self.chat.read({}, completion, "the messages of the completion", where)
             prompts.append((number, (messages, options)))
@@ -100,7 +100,7 @@ def is_empty_pair(row: Any) -> bool:
     return isinstance(row, Mapping) and (row.get("prompt") is None or not row.get("completion"))
 
 
-def _pair(row: Any, where: str) -> tuple[Any, Any]:
+def _pair(row: Any, where: RowName) -> tuple[Any, Any]:
     if not isinstance(row, Mapping) or not {"prompt", "completion"} <= row.keys():
         has = ", ".join(map(repr, row)) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"{where} has {has or 'nothing'}; accepted is a mapping with prompt and completion")

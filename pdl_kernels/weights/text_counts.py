@@ -221,7 +221,9 @@ class TextCounts(Tally):
         )
 
         def labels(numbered: Numbered, place: Place) -> list[Any]:
-            chats = [(number, chat.read(row, _messages(row), "messages", place(number))) for number, row in numbered]
+            chats = [
+                (number, chat.read(row, _messages(row), "messages", RowName(place, number))) for number, row in numbered
+            ]
             return chat.labels(chats, place)
 
         def is_empty(row: Any) -> bool:
