@@ -71,7 +71,7 @@ class ChatTemplate:
         encoded = []
         for number, (messages, extra) in chats:
             try:
-                found = apply(messages, **options, **extra)
+                found = apply(messages, **{**options, **extra})
             except Exception as error:  # whatever a template raises
                 raise ValueError(
                     f"{place(number)}: the chat template refuses it ({first_line(error)}); its roles are "
@@ -80,7 +80,7 @@ class ChatTemplate:
             encoded.append((found["input_ids"], found["assistant_masks"] if mask else None))
         return encoded
 
-    def read(self, row: Mapping[str, Any], value: Any, what: str, where: RowName) -> tuple[Any, dict[str, Any]]:
+    def read(self, row: Any, value: Any, what: str, where: RowName) -> tuple[Any, dict[str, Any]]:
         """The messages, with their roles as the template calls them, and the row's own options of the template."""
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             found = "empty" if isinstance(value, Sequence) and not value else f"a {type(value).__name__}"
@@ -152,7 +152,9 @@ def says_something(messages: Any, roles: Mapping[str, str] | None) -> bool:
     return any((roles or {}).get(name, name) == "assistant" for name in names)
 
 
-def _template_options(row: Mapping[str, Any], where: RowName) -> dict[str, Any]:
+def _template_options(row: Any, where: RowName) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        return {}  # the messages themselves
     tools = row.get("tools")
     if isinstance(tools, str):
         try:

@@ -29,7 +29,8 @@ def held_by(value: Any) -> str:
         return EMPTY
     if isinstance(value[0], dict):
         return _held_by_objects(list(value[0]))
-    return IDS if all(map(_is_integer, value)) else f"a list with {value[0]!r:.40}"
+    other = [entry for entry in value if not _is_integer(entry)]
+    return f"a list with {repr(other[0])[:40]}" if other else IDS
 
 
 def held_by_type(kind: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from pdl_kernels.data import readings, tables
 from pdl_kernels.data.batches import length
 from pdl_kernels.data.contents import NULL, Content
-from pdl_kernels.data.inputs import COMPRESSION, STANDARD_INPUT, Input, StandardInput, suffix_of
+from pdl_kernels.data.inputs import COMPRESSION, STANDARD_INPUT, Input, StandardInput, fingerprint, suffix_of
 from pdl_kernels.data.lines import JsonFiles, TextFiles
 from pdl_kernels.data.readings import CHATS, LABELS, TEXTS, Reading
 from pdl_kernels.data.streams import TokenFiles
@@ -34,9 +33,6 @@ TABLES: dict[str, Callable[[Sequence[Path]], Any]] = {
     SAVED: tables.SavedFolders,
 }
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+):(?:([\w.-]+):)?([\w.-]+)")  # repository, configuration, split
-
-SAMPLES = 16
-SAMPLE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -117,6 +113,7 @@ def open_corpus(
             that can be read in several ways or in none, or files without a single row.
     """
     if len(names) == 1 and (hub := HUB_NAME.fullmatch(str(names[0]))) and not Path(names[0]).exists():
+        _refuse_of_streams(dtype, separator, "these are rows of the hub")
         rows: Any = tables.HubDataset(*hub.groups())
         return _corpus(rows, rows.source, kind, column, prompt)
     if form is not None and form not in LINES:
@@ -124,13 +121,14 @@ def open_corpus(
     if [str(name) for name in names] == [STANDARD_INPUT]:
         if form is None:
             raise ValueError(f"standard input has no suffix, and --format is missing; accepted are {', '.join(LINES)}")
+        _refuse_of_streams(dtype, separator, "this is standard input")
         rows = _line_files([StandardInput(form)])
         return _corpus(rows, f"standard input ({form})", kind, column, prompt, resumable=False)
     files = _files(names)
     found = LINES[form] if form is not None else _form_of(files)
     if found == STREAM:
         return _stream(files, kind, column, prompt, dtype, separator)
-    _refuse_of_streams(dtype, separator, found)
+    _refuse_of_streams(dtype, separator, f"these are {found} files")
     rows = _line_files([Input(file, form) for file in files]) if found in LINES.values() else TABLES[found](files)
     parts = [part for file in files for part in (tables.saved_files(file) if found == SAVED else [file])]
     return _corpus(rows, _source(files, parts, found), kind, column, prompt)
@@ -185,36 +183,19 @@ def _stream(
         if given is not None:
             raise ValueError(f"{option} is {given!r}, and files of token ids have no columns; accepted is no {option}")
     rows = TokenFiles(files, dtype, end)
-    indices = [index for index in rows.indices if index is not None]
-    source = _source(files, [*files, *indices], "token file")
-    return Corpus(rows, Reading(readings.STREAM, ""), 1, "stream", f"{rows.describe()}; {source}")
+    return Corpus(rows, Reading(readings.STREAM, ""), 1, "stream", rows.source)
 
 
 def _refuse_of_streams(dtype: str | None, separator: int | None, found: str) -> None:
     for option, given in (("--dtype", dtype), ("--separator", separator)):
         if given is not None:
-            raise ValueError(f"{option} is for .bin files of token ids, and these are {found} files")
+            raise ValueError(f"{option} is for .bin files of token ids, and {found}")
 
 
 def _source(files: Sequence[Path], parts: Sequence[Path], form: str) -> str:
-    noun = (form if form in (SAVED, "token file") else f"{form} file") + ("s" if len(files) > 1 else "")
+    noun = (form if form == SAVED else f"{form} file") + ("s" if len(files) > 1 else "")
     size = sum(part.stat().st_size for part in parts)
     return f"{len(files)} {noun} ({_listed(files)}; {size:,} bytes, fingerprint {fingerprint(parts)})"
-
-
-def fingerprint(files: Sequence[Path]) -> str:
-    """Of the sizes and of samples spread over each file: reading all of a large corpus takes as long as counting it."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            # Whole where it is small; otherwise the first sample, the last, and others evenly between.
-            last = max(size - SAMPLE_BYTES, 0)
-            for start in sorted({last * sample // (SAMPLES - 1) for sample in range(SAMPLES)}):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _files(names: Sequence[str | Path]) -> list[Path]:

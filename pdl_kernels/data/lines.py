@@ -9,6 +9,7 @@ reader splits texts at a lone carriage return.
 from __future__ import annotations
 
 import codecs
+import io
 import itertools
 import json
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 from pdl_kernels.data.batches import batched
 from pdl_kernels.data.contents import EMPTY, NULL, STRINGS, Content, held_by, missing_column
-from pdl_kernels.data.inputs import Input, StandardInput, total_size
+from pdl_kernels.data.inputs import Input, Replayed, StandardInput, total_size
 
 TEXT_COLUMN = "text"  # what the only column of a text file is called
 LOOKED_AT = 100  # rows whose columns tell what a file holds
@@ -185,14 +186,30 @@ def json_objects(file: Input) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     accepted = "one JSON object a line" + (", or one array of objects" if file.base == ".json" else "")
     with file.opened() as stream:
-        try:
-            array = file.base == ".json" and stream.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["  # type: ignore[attr-defined]
-        except OSError as error:
-            raise _damage(file, "line 0", error) from None
+        if file.base == ".json":
+            start = _start(file, stream)
+            array = start.endswith(b"[")
+            start = b"[" if array else start
+            stream = io.BufferedReader(Replayed(stream, bytearray(start), keep=False))
+        else:
+            array = False
         for place, row in _array(file, stream, accepted) if array else _json_lines(file, stream, accepted):
             if not isinstance(row, dict):
                 raise ValueError(f"{place} is a JSON {type(row).__name__}; accepted is {accepted}")
             yield place, row
+
+
+def _start(file: Input, stream: BinaryIO) -> bytes:
+    """The bytes up to the first that is no space and no byte order mark."""
+    start = b""
+    try:
+        while byte := stream.read(1):
+            start += byte
+            if byte not in b" \t\r\n" and not codecs.BOM_UTF8.startswith(start):
+                break
+    except OSError as error:
+        raise _damage(file, "line 0", error) from None
+    return start
 
 
 def _json_lines(file: Input, stream: BinaryIO, accepted: str) -> Iterator[tuple[str, Any]]:
@@ -200,7 +217,7 @@ def _json_lines(file: Input, stream: BinaryIO, accepted: str) -> Iterator[tuple[
         place = f"{file}, line {number}"
         try:
             yield place, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(_no_json(place, error, accepted)) from None
 
 
@@ -210,9 +227,8 @@ def _array(file: Input, stream: BinaryIO, accepted: str) -> Iterator[tuple[str, 
     decoder = json.JSONDecoder()
     row = 0
     text.skip("[")
-    while text.next() != "]":
-        place = f"{file}, row {row}"
-        try:
+    try:
+        while text.next() != "]":
             value = text.decode(decoder)
             if text.next() not in (",", "]"):
                 raise ValueError("Expecting ',' or ']' after it")
@@ -220,13 +236,15 @@ def _array(file: Input, stream: BinaryIO, accepted: str) -> Iterator[tuple[str, 
                 text.skip(",")
                 if text.next() == "]":
                     raise ValueError("a comma, and nothing after it")
-        except ValueError as error:
-            raise ValueError(_no_json(place, error, accepted)) from None
-        yield place, value
-        row += 1
-    text.skip("]")
-    if text.next():
-        raise ValueError(f"{file} goes on after the end of its array; accepted is {accepted}")
+            yield f"{file}, row {row}", value
+            row += 1
+        text.skip("]")
+        if text.next():
+            raise ValueError("it goes on after the end of its array")
+    except DamageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_no_json(f"{file}, row {row}", error, accepted)) from None
 
 
 class _Text:
@@ -234,7 +252,7 @@ class _Text:
 
     def __init__(self, file: Input, stream: BinaryIO) -> None:
         self.file, self.stream = file, stream
-        self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self.waiting, self.broken = b"", ""  # bytes of a character that is cut; why a byte is no UTF-8
         self.text, self.position, self.ended, self.read = "", 0, False, 0
 
     def next(self) -> str:
@@ -267,20 +285,33 @@ class _Text:
             self._more()
 
     def _more(self) -> None:
+        if self.broken:
+            raise ValueError(f"no UTF-8: {self.broken}")
         # As much again as there is: a value that spans many chunks is decoded few times.
         waiting = len(self.text) - self.position
         try:
             data = self.stream.read(max(CHUNK, waiting))
-            self.text = self.text[self.position :] + self.utf8.decode(data, final=not data)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"no UTF-8 ({error.reason})") from None
         except OSError as error:
             raise _damage(self.file, f"byte {self.read}", error) from None
-        self.position, self.ended = 0, not data
         self.read += len(data)
+        self.text, self.position, self.ended = self.text[self.position :] + self._decoded(data), 0, not data
+
+    def _decoded(self, data: bytes) -> str:
+        """What is UTF-8 in it, up to the first byte that is not; a character that is cut waits for the next data."""
+        self.waiting += data
+        try:
+            text, used = codecs.utf_8_decode(self.waiting, "strict", not data)
+        except UnicodeDecodeError as error:
+            text, used, self.broken = self.waiting[: error.start].decode(), len(self.waiting), error.reason
+        self.waiting = self.waiting[used:]
+        return text
 
 
-def _no_json(place: str, error: ValueError, accepted: str) -> str:
+class DamageError(ValueError):
+    """A file that cannot be read to its end."""
+
+
+def _no_json(place: str, error: Exception, accepted: str) -> str:
     reason = str(error).split(": line ")[0]  # the parser counts lines from where it started
     return f"{place} is no JSON ({reason}); accepted is {accepted}"
 
@@ -288,4 +319,4 @@ def _no_json(place: str, error: ValueError, accepted: str) -> str:
 def _damage(file: Input, after: str, error: OSError) -> Exception:
     if error.errno is not None:  # the disk, and not what is on it
         return error
-    return ValueError(f"{file} is damaged after {after} ({error}); accepted is a {file.packed or file.form} file")
+    return DamageError(f"{file} is damaged after {after} ({error}); accepted is a {file.packed or file.form} file")

@@ -43,18 +43,19 @@ MASKS = ("completion_mask", "assistant_masks")  # beside input_ids: what trainin
 
 @dataclass(frozen=True)
 class Prompt:
-    """What comes before a completion.
+    """What comes before a completion: one column as it stands, unless `template` or `lines` say otherwise.
 
     Attributes:
         columns: that each row has.
         optional: that a row need not have.
-        template: text with columns in braces; None for a single column as it stands, or the columns that are not empty,
-            each followed by a line break.
+        template: text with columns in braces.
+        lines: the columns that are not empty, each followed by a line break.
     """
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
     template: str | None = None
+    lines: bool = False
 
     def of(self, row: Mapping[str, Any]) -> Any:
         """The prompt of a row: text, messages, or None where a column that must be there is null."""
@@ -62,20 +63,27 @@ class Prompt:
         if any(parts[column] is None for column in self.columns):
             return None
         if self.template is not None:
-            return self.template.format_map(parts)
-        if self.as_it_stands:
-            return parts[self.columns[0]]
-        return "".join(f"{part}\n" for part in parts.values() if part)
+            return "".join(_filled(piece, parts) for piece in string.Formatter().parse(self.template))
+        return "".join(f"{part}\n" for part in parts.values() if part) if self.lines else parts[self.columns[0]]
 
     @property
     def as_it_stands(self) -> bool:
-        return self.columns == ("prompt",) and not self.optional and self.template is None
+        return self.template is None and not self.lines
 
     def __str__(self) -> str:
         if self.template is not None:
             return repr(self.template)
-        names = _listed([*self.columns, *self.optional])
-        return names if self.as_it_stands else f"{names} and a line break"
+        optional = f", and {_listed(self.optional)} where a row has it," if self.optional else ""
+        return f"{_listed(self.columns)}{optional}{' and a line break' if self.lines else ''}"
+
+
+def _filled(piece: tuple[str, str | None, str | None, str | None], parts: Mapping[str, Any]) -> str:
+    """A piece of a template, as `string.Formatter` parses it; field names are columns, whatever is in them."""
+    literal, field, spec, conversion = piece
+    if field is None:
+        return literal
+    value = string.Formatter().convert_field(parts[field], conversion)
+    return literal + format(value, spec or "")
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,7 @@ def readings(contents: Mapping[str, Content]) -> list[Reading]:
     found = [Reading(CHATS, column) for column in CHAT_COLUMNS if holds.get(column) in (MESSAGES, EMPTY, NULL)]
     for column, prompt, optional in PAIRS:
         if holds.get(column) in (STRINGS, MESSAGES, NULL) and all(part in holds for part in prompt):
-            present = tuple(part for part in optional if part in holds)
-            found.append(Reading(COMPLETIONS, column, Prompt(prompt, present)))
+            found.append(Reading(COMPLETIONS, column, Prompt(prompt, optional, lines=prompt != ("prompt",))))
     if holds.get("text") in (STRINGS, NULL):
         found.append(Reading(TEXTS, "text"))
     for column in ("labels", "input_ids"):
@@ -130,6 +137,8 @@ def choose(
     Raises:
         ValueError: none, or several; names them.
     """
+    if kind == STREAM:
+        raise ValueError(f"--kind is {kind}, which is for files of token ids, and {name} has rows")
     if prompt is not None and kind not in (None, COMPLETIONS):
         raise ValueError(f"--prompt is for completions, and --kind is {kind}")
     for wanted in (*([column] if column else ()), *(prompt_of(prompt).columns if prompt else ())):
@@ -155,21 +164,24 @@ def choose(
 
 
 def prompt_of(text: str) -> Prompt:
-    """ValueError: braces that are no column's."""
+    """The prompt of a column's name, or of a template. ValueError: braces that are no column's."""
     if "{" not in text:
-        return Prompt((text,), (), None if text == "prompt" else "{" + text + "}")
+        return Prompt((text,))
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+        pieces = [piece for piece in string.Formatter().parse(text) if piece[1] is not None]
     except ValueError as error:
         raise ValueError(f"--prompt is {text!r} ({error}); accepted is text with columns in braces") from None
-    return Prompt(tuple(dict.fromkeys(fields)), (), text)
+    for _, _, spec, conversion in pieces:
+        if "{" in (spec or "") or conversion not in (None, "r", "s", "a"):
+            raise ValueError(f"--prompt is {text!r}, with a form that is none; accepted is text with columns in braces")
+    return Prompt(tuple(dict.fromkeys(str(field) for _, field, _, _ in pieces)), template=text)
 
 
 def _with_prompt(found: Sequence[Reading], column: str | None, prompt: Prompt) -> list[Reading]:
     if column is not None:
         return [Reading(COMPLETIONS, column, prompt)]
     completions = [reading for reading in found if reading.kind == COMPLETIONS]
-    return [Reading(COMPLETIONS, reading.column, prompt) for reading in completions]
+    return [Reading(COMPLETIONS, name, prompt) for name in dict.fromkeys(reading.column for reading in completions)]
 
 
 def _of_kind(contents: Mapping[str, Content], kind: str, column: str | None) -> list[Reading]:
@@ -197,12 +209,30 @@ def _check(reading: Reading, contents: Mapping[str, Content], name: str) -> None
             f"{content.place}: column {reading.column!r} holds {content.holds}; accepted are {accepted}, to be read as "
             f"{reading.kind}"
         )
+    if reading.prompt is not None:
+        _check_prompt(reading, reading.prompt, contents, name)
     masks = [column for column in MASKS if column in contents]
     if reading.column == "input_ids" and masks:
         raise ValueError(
             f"{name} has `input_ids`, and {_listed(masks)}, of which training makes labels: count what its data loader "
             "gives, by TokenCounts.from_dataloader"
         )
+
+
+def _check_prompt(reading: Reading, prompt: Prompt, contents: Mapping[str, Content], name: str) -> None:
+    """ValueError where a part of a text would be messages, or messages would come before a text."""
+    held = {column: contents[column].holds for column in (*prompt.columns, *prompt.optional) if column in contents}
+    completion = contents[reading.column].holds
+    for column, holds in held.items():
+        if (holds == MESSAGES) != (completion == MESSAGES) and NULL not in (holds, completion):
+            raise ValueError(
+                f"{name}: `{column}` holds {holds}, and `{reading.column}` {completion}; accepted are messages in both "
+                "or in none"
+            )
+        if holds == MESSAGES and not prompt.as_it_stands:
+            raise ValueError(
+                f"{name}: `{column}` holds messages, which are no part of a text; accepted is --prompt {column}"
+            )
 
 
 def _nothing_to_count(contents: Mapping[str, Content], name: str, kind: str | None, column: str | None) -> str:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdl_kernels.data.batches import Batch, Batches
+from pdl_kernels.data.inputs import fingerprint
 from pdl_kernels.data.labels import Block, Integers
 
 DTYPES = ("uint16", "uint32", "int32", "int64")
@@ -76,6 +77,12 @@ class TokenFiles:
     def __len__(self) -> int:
         return sum(len(file.ids) for file in self.files)
 
+    @property
+    def source(self) -> str:
+        """What is counted, and a fingerprint of it, so that a checkpoint knows its files."""
+        parts = [*(file.path for file in self.files), *(index for index in self.indices if index is not None)]
+        return f"{self.describe()}; {len(self):,} ids, fingerprint {fingerprint(parts)}"
+
     def describe(self) -> str:
         dtypes = " and ".join(dict.fromkeys(file.dtype for file in self.files))
         names = ", ".join(file.path.name for file in self.files[:3]) + (", ..." if len(self.files) > 3 else "")
@@ -119,7 +126,8 @@ class TokenFiles:
     def _ends(self, file: TokenFile, ids: Any, start: int, stop: int) -> Integers:
         """Where documents end in (start, stop]; the end of the file is one, whatever its last id."""
         if file.ends is not None:
-            return file.ends[np.searchsorted(file.ends, start, "right") : np.searchsorted(file.ends, stop, "right")]
+            before = np.searchsorted(file.ends, start, "right") if start else 0  # documents without ids may come first
+            return file.ends[before : np.searchsorted(file.ends, stop, "right")]
         found: Integers = np.empty(0, np.int64)
         if self.separator is not None:
             found = np.flatnonzero(ids[start:stop] == self.separator) + start + 1
@@ -182,6 +190,8 @@ def _megatron(path: Path, size: int, index: Path, dtype: str | None) -> TokenFil
     lengths = np.frombuffer(content, "<i4", sequences, at).astype(np.int64)
     documents = np.frombuffer(content, "<i8", bounds, at + 12 * sequences)
     ids = int(lengths.sum())
+    if (lengths < 0).any():
+        raise ValueError(f"{problem}it has a sequence of length {lengths.min()}")
     if ids * np.dtype(found).itemsize != size:
         raise ValueError(f"{problem}it announces {ids:,} ids of {found}, and the file has {size:,} bytes")
     rising = bool((np.diff(documents) >= 0).all())

@@ -7,7 +7,7 @@ import pytest
 from helpers.command_line import WORDS, fail, files_here, pa, run, write_json, write_parquet
 
 from pdl_kernels import TokenCounts
-from pdl_kernels.data import corpora, tables
+from pdl_kernels.data import inputs, tables
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -194,12 +194,12 @@ def test_fingerprint_sees_size_and_every_sampled_block():
     content = bytearray(3_000_000)
     path = Path("large")
     seen = set()
-    for position in (None, 0, 2_999_999, 1_500_000 // corpora.SAMPLE_BYTES):
+    for position in (None, 0, 2_999_999, 1_500_000 // inputs.SAMPLE_BYTES):
         changed = bytearray(content)
         if position is not None:
             changed[position] = 1
         path.write_bytes(changed)
-        seen.add(corpora.fingerprint([path]))
+        seen.add(inputs.fingerprint([path]))
     path.write_bytes(content[:-1])
-    seen.add(corpora.fingerprint([path]))
+    seen.add(inputs.fingerprint([path]))
     assert len(seen) == 5
