@@ -111,11 +111,11 @@ def _mapped(folder: str, labels_of: Callable[[object, dict], list[list[int]]]) -
 
     datasets.disable_progress_bars()
     tokenizer = _tokenizer(folder)
-    rows = datasets.load_dataset(
-        "json", data_files=f"{folder}/rows.jsonl", split="train", cache_dir=tempfile.mkdtemp(dir=folder)
-    )
 
     def run() -> TokenCounts:
+        rows = datasets.load_dataset(
+            "json", data_files=f"{folder}/rows.jsonl", split="train", cache_dir=tempfile.mkdtemp(dir=folder)
+        )
         labels = rows.map(
             lambda batch: {"labels": labels_of(tokenizer, batch)},
             batched=True, remove_columns=rows.column_names, load_from_cache_file=False,

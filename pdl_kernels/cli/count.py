@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -195,7 +194,7 @@ def _arguments_named_as_options() -> Iterator[None]:
     except (TypeError, ValueError) as error:
         message = str(error)
         for argument, option in OPTIONS.items():
-            message = re.sub(rf"\b{re.escape(argument)}", option, message)
+            message = message.replace(argument, option)
         raise type(error)(message) from None
 
 

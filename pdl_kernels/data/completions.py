@@ -107,7 +107,7 @@ def _pair(row: Any, where: RowName) -> tuple[Any, Any]:
     prompt, completion = row["prompt"], row["completion"]
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, (str, Sequence)):
-            found = "null" if value is None else f"a {type(value).__name__}"
+            found = "null" if value is None else f"of type {type(value).__name__}"
             raise ValueError(
                 f"{where}: the {name} is {found}; accepted is text or a list of messages; skip_empty leaves out rows "
                 "without"

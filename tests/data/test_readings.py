@@ -112,7 +112,7 @@ def test_other_kinds_by_names_and_contents(columns, kind, column):
         (("prompt", "instruction", "response"), ["after `prompt`", "after `instruction`"], {
             (None, "response", "prompt"): "completions response", (None, None, "prompt"): "completions response",
             ("completions", None, "{instruction}: "): "completions response"}),
-        ({"prompt": STRINGS, "completion": STRINGS, "messages": MESSAGES}, ["chats (`messages`)", "completions (`com"], {
+        ({"prompt": STRINGS, "completion": STRINGS, "messages": MESSAGES}, ["chats (`messages`)", "completions (`c"], {
             ("chats", None, None): "chats messages", ("completions", None, None): "completions completion",
             (None, "messages", None): "chats messages"}),
         ({"messages": MESSAGES, "conversations": MESSAGES}, ["(`messages`)", "(`conversations`)"], {
@@ -276,7 +276,8 @@ def test_messages_are_no_part_of_a_text():
         ([{"role": "user", "content": "a"}], MESSAGES), ([{"from": "human", "value": "a"}, {}], MESSAGES),
         ([{"text": "a", "n": 1}], "lists of objects with the keys text, n"),
         (5, "int"), (0.5, "float"), (True, "bool"), ({"role": "user"}, "dict"),
-        (["a"], "a list with 'a'"), ([0.5], "a list with 0.5"), ([True], "a list with True"), ([None], "a list with None"),
+        (["a"], "a list with 'a'"), ([0.5], "a list with 0.5"), ([True], "a list with True"),
+        ([None], "a list with None"),
         ([[1]], "a list with [1]"), ([1, "a"], "a list with 'a'"), ([1, 2, None], "a list with None"),
         (["x" * 99], f"a list with '{'x' * 39}"),
     ],
