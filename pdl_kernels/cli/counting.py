@@ -69,9 +69,9 @@ class Work:
             first = "no target" if given["--causal/--encoder-decoder"] else "a target, too"
             return f"counting labels of {column}{self._size_of('rows')}; position 0 of each is {first}"
         if kind == TEXTS:
-            first = "its first included" if given["--causal/--encoder-decoder"] is False else "but its first"
+            first = ", its first included" if given["--causal/--encoder-decoder"] is False else " but its first"
             return (
-                f"counting texts of {column}{self._size_of('texts')}; all tokens of a text, {first}{self._eos()}"
+                f"counting texts of {column}{self._size_of('texts')}; all tokens of a text{first}{self._eos()}"
                 f"{self._fit()}"
             )
         if kind == CHATS:
