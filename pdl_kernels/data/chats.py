@@ -13,6 +13,7 @@ import numpy as np
 from pdl_kernels.data.batches import Place, RowName
 from pdl_kernels.data.labels import Integers
 from pdl_kernels.data.sequences import Numbered
+from pdl_kernels.data.tokenizers import warn_if_slow
 from pdl_kernels.errors import first_line
 
 IGNORED = -100
@@ -30,7 +31,8 @@ class ChatTemplate:
 
     Raises:
         TypeError: a tokenizer of another library.
-        ValueError: no template; one without generation markers that TRL does not know, or TRL is not installed.
+        ValueError: a tokenizer that cannot mark what the assistant says; no template; one without generation markers
+            that TRL does not know, or TRL is not installed.
     """
 
     def __init__(
@@ -43,6 +45,12 @@ class ChatTemplate:
             )
         if template is None and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template; accepted is one that has, or chat_template")
+        if assistant_only and not getattr(tokenizer, "is_fast", True):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is a tokenizer in Python, which cannot tell which tokens the assistant "
+                "says; accepted are one of the `tokenizers` library, and whole chats (assistant_only_loss=False)"
+            )
+        warn_if_slow(tokenizer)
         if template is not None:
             tokenizer = copy.copy(tokenizer)  # the caller's stays as it is
             tokenizer.chat_template = template

@@ -21,7 +21,7 @@ def _is_tokenizers(tokenizer: Any) -> bool:
 def encoder_of(tokenizer: Any, add_special_tokens: bool) -> Encode:
     """A function from texts to lists of ids."""
     if _is_transformers(tokenizer):
-        _warn_if_slow(tokenizer)
+        warn_if_slow(tokenizer)
         return lambda texts: tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if _is_tokenizers(tokenizer):
         whole = _without_padding_and_truncation(tokenizer)
@@ -33,7 +33,8 @@ def encoder_of(tokenizer: Any, add_special_tokens: bool) -> Encode:
     )
 
 
-def _warn_if_slow(tokenizer: Any) -> None:
+def warn_if_slow(tokenizer: Any) -> None:
+    """Warn of one that takes texts one at a time."""
     if not getattr(tokenizer, "is_fast", True):
         warnings.warn(
             f"{type(tokenizer).__name__} is a tokenizer in Python, a text at a time: one of the `tokenizers` library, "

@@ -88,6 +88,21 @@ def test_bad_texts_and_tokenizers(texts, tokenizer, error, message):
         from_texts(texts, tokenizer, vocab_size=V, batch_size=1)
 
 
+def test_one_warning_of_a_tokenizer_in_python():
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.ByT5Tokenizer()  # takes bytes, and needs no file
+    with pytest.warns(UserWarning, match="ByT5Tokenizer is a tokenizer in Python") as caught:
+        got = from_texts(["ant", "bee", "cat"], tokenizer, batch_size=1)
+    assert len(caught) == 1
+    assert got.total == 9
+    tokenizer.chat_template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chats = [[{"role": "assistant", "content": "ant"}]]
+    with pytest.raises(ValueError, match="cannot tell which tokens the assistant says; accepted are one of"):
+        TokenCounts.from_chats(chats, tokenizer, progress=False)
+    with pytest.warns(UserWarning, match="in Python"):
+        assert TokenCounts.from_chats(chats, tokenizer, assistant_only_loss=False, progress=False).total == 2
+
+
 def test_texts_remember_their_tokenizer(tmp_path):
     tokenizer = make_transformers_tokenizer()
     tokenizer.save_pretrained(tmp_path / "animals")
