@@ -14,7 +14,7 @@ from pdl_kernels.data.chats import ChatTemplate, says_something
 from pdl_kernels.data.completions import Completions, is_empty_pair
 from pdl_kernels.data.labels import describe_label_settings, id_array
 from pdl_kernels.data.sequences import Fit, Numbered, filled_batches
-from pdl_kernels.data.tokenizers import encoder_of, end_of_text_id, name_of, vocab_size_of
+from pdl_kernels.data.tokenizers import encoder_of, end_of_text, end_of_text_id, name_of, vocab_size_of
 from pdl_kernels.weights.tally import Tally
 
 Self = TypeVar("Self", bound="TextCounts")
@@ -56,7 +56,8 @@ class TextCounts(Tally):
             shift: leave out each text's first token, which a causal model never predicts; False for the targets of
                 encoder-decoder models.
             add_special_tokens: let the tokenizer add its own, such as BOS.
-            append_eos: count one EOS after each text, where training appends it and the tokenizer does not.
+            append_eos: count one EOS after each text that does not end with it, where training appends it and the
+                tokenizer does not.
             max_length, truncation_mode, packing: what training does with long texts, and whether it packs; as in TRL's
                 SFTConfig, whose own default is to cut at 1024 tokens. `packing` is its strategy: "bfd", "bfd_split" or
                 "wrapped", of which the last is right for data sets that are not shuffled and mapped by one process.
@@ -73,12 +74,12 @@ class TextCounts(Tally):
         if packing is not None and not shift:
             raise ValueError(f"packing is {packing!r}, which is for causal models, and shift is False")
         encode = encoder_of(tokenizer, add_special_tokens)
-        end = [end_of_text_id(tokenizer)] if append_eos else []
+        end, eos = ([end_of_text_id(tokenizer)], end_of_text(tokenizer)) if append_eos else ([], "")
         counts = cls._of_tokenizer(tokenizer, vocab_size, documents, ["texts"])
         special = "with" if add_special_tokens else "without"
-        eos = ", EOS appended" if append_eos else ""
+        appended = ", EOS appended" if append_eos else ""
         counts.counted = (
-            f"{source}, {describe_label_settings(shift, None)}, {special} the tokenizer's special tokens{eos}"
+            f"{source}, {describe_label_settings(shift, None)}, {special} the tokenizer's special tokens{appended}"
             f"{fit.describe()}"
         )
 
@@ -89,7 +90,8 @@ class TextCounts(Tally):
                     found = "null" if text is None else f"of type {type(text).__name__}"
                     hint = "; skip_empty leaves out what is null" if text is None else ""
                     raise TypeError(f"{where} is {found}; accepted is a string{hint}")
-            return [id_array([*ids, *end]) for ids in encode([text for _, text in rows])]
+            found = zip(encode([text for _, text in rows]), rows, strict=True)
+            return [id_array(ids if text.endswith(eos) else [*ids, *end]) for ids, (_, text) in found]
 
         counts._count_rows(
             texts, labels, fit, shift, None, _is_none if skip_empty else None, "text", checkpoint, batch_size, progress

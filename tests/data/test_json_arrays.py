@@ -170,7 +170,7 @@ def test_damaged_arrays_are_refused_at_their_row(monkeypatch, chunk, content, me
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize(
-    "wrong", [b'{"a": "caf\xe9"}]', b'{"a": "\xf0\x9f"}]', b'{"a": "b"}]\xff', b'\xc0 {"a": "b"}]']
+    "wrong", [b'{"a": "caf\xe9"}]', b'{"a": "\xf0\x9f"}]', b'{"a": "b"}]\xff', b'{"a": "b"}]\xf0', b'\xc0 {"a": "b"}]']
 )
 def test_what_is_no_utf8_is_refused_by_name(monkeypatch, chunk, wrong):
     monkeypatch.setattr(lines, "CHUNK", chunk)

@@ -134,9 +134,7 @@ def test_two_possible_readings_are_named_and_wishes_decide(columns, names, wishe
 
 def test_columns_of_any_name_where_they_are_said():
     columns = {"a": STRINGS, "b": STRINGS, "c": MESSAGES, "d": IDS, "e": "dict"}
-    assert "has the columns 'a' (strings), 'b' (strings), 'c' (messages), 'd' (lists of ids), 'e' (d" in refused(
-        columns
-    )
+    assert "has the columns 'a' (strings), 'b' (strings), 'c' (messages), 'd' (lists of" in refused(columns)
     for column, kind in zip("abcd", ("texts", "texts", "chats", "labels"), strict=True):
         assert read(columns, None, column).kind == read(columns, kind, column).kind == kind
     assert read(columns, "chats").column == "c"
@@ -147,28 +145,26 @@ def test_columns_of_any_name_where_they_are_said():
     assert read(columns, "completions", "a", "{b}: ").prompt.of({"b": "x"}) == "x: "
 
 
-def test_what_cannot_be():
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ((None, "txt"), "rows.jsonl has no column 'txt'; accepted by --column are those it has: 'text', 'answer', "),
+        ((None, "answer", "question"), "rows.jsonl has no column 'question'"),
+        ((None, "answer", "{text} {q}"), "rows.jsonl has no column 'q'"),
+        (("texts", "answer", "text"), "--prompt is for completions, and --kind is texts"),
+        (("labels", None, "text"), "--prompt is for completions, and --kind is labels"),
+        ((None, "n"), "line 7: column 'n' holds int; accepted are strings, lists of"),
+        (("texts", "labels"), "line 5: column 'labels' holds lists of ids; accepted are strings, to be read as texts"),
+        (("labels", "text"), "line 3: column 'text' holds strings; accepted are lists of ids"),
+        (("chats", "answer"), "line 4: column 'answer' holds strings; accepted are messages, to be read as chats"),
+        ((None, "labels", "text"), "line 5: column 'labels' holds lists of ids; accepted are strings or messages"),
+        (("completions", "answer"), "--kind is completions, and nothing says what comes before `answer`; --prompt s"),
+        (("completions",), "cannot be read as completions without more; --column says where the completions are"),
+    ],
+)
+def test_what_cannot_be(wishes, message):
     columns = {"text": STRINGS, "answer": STRINGS, "labels": IDS, "messages": MESSAGES, "n": "int"}
-    assert "rows.jsonl has no column 'txt'; accepted by --column are those it has: 'text', 'an" in refused(
-        columns, None, "txt"
-    )
-    assert "rows.jsonl has no column 'question'" in refused(columns, None, "answer", "question")
-    assert "rows.jsonl has no column 'q'" in refused(columns, None, "answer", "{text} {q}")
-    for kind in ("texts", "chats", "labels"):
-        assert f"--prompt is for completions, and --kind is {kind}" in refused(columns, kind, "answer", "text")
-    assert "line 7: column 'n' holds int; accepted are strings, lists of" in refused(columns, None, "n")
-    assert "line 5: column 'labels' holds lists of ids; accepted are strings, to be re" in refused(
-        columns, "texts", "labels"
-    )
-    assert "column 'text' holds strings; accepted are lists of ids or empty lists" in refused(columns, "labels", "text")
-    assert "column 'answer' holds strings; accepted are messages" in refused(columns, "chats", "answer")
-    assert "column 'labels' holds lists of ids" in refused(columns, None, "labels", "text")
-    assert "--kind is completions, and nothing says what comes before `answer`; --prompt says" in refused(
-        columns, "completions", "answer"
-    )
-    assert "cannot be read as completions without more; --column says where the completions are, and --prompt" in (
-        refused({"a": STRINGS, "b": STRINGS}, "completions")
-    )
+    assert message in refused(columns, *wishes)
 
 
 def test_rows_are_no_stream_of_tokens():
@@ -256,13 +252,14 @@ def test_an_optional_column_that_later_rows_have(after):
     assert rows_of(rows)[-1]["prompt"] == "a\nb\n"
 
 
-def test_messages_are_no_part_of_a_text():
+@pytest.mark.parametrize("prompt", [None, "question", "Q: {question}"])
+def test_messages_are_no_part_of_a_text(prompt):
     question, answer = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    (row,) = rows_of([{"q": question, "a": answer}], column="a", prompt="q")
-    assert row["prompt"] == question
-    for wishes in ({"column": "answer", "prompt": "Q: {question}"}, {"column": "answer", "prompt": "question"}, {}):
-        with pytest.raises(ValueError, match=r"question.*messages"):
-            rows_of([{"question": question, "answer": "b"}], **wishes)
+    with pytest.raises(ValueError, match=r"question.*messages"):
+        rows_of([{"question": question, "answer": "b"}], column="answer", prompt=prompt)
+    if prompt == "question":
+        (row,) = rows_of([{"question": question, "answer": answer}], prompt=prompt)
+        assert (row["prompt"], row["completion"]) == (question, answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,10 +273,9 @@ def test_messages_are_no_part_of_a_text():
         ([{"role": "user", "content": "a"}], MESSAGES), ([{"from": "human", "value": "a"}, {}], MESSAGES),
         ([{"text": "a", "n": 1}], "lists of objects with the keys text, n"),
         (5, "int"), (0.5, "float"), (True, "bool"), ({"role": "user"}, "dict"),
-        (["a"], "a list with 'a'"), ([0.5], "a list with 0.5"), ([True], "a list with True"),
-        ([None], "a list with None"),
-        ([[1]], "a list with [1]"), ([1, "a"], "a list with 'a'"), ([1, 2, None], "a list with None"),
-        (["x" * 99], f"a list with '{'x' * 39}"),
+        (["a"], "a list with 'a'"), ([0.5], "a list with 0.5"), ([[1]], "a list with [1]"),
+        ([True], "a list with True"), ([None], "a list with None"), ([1, 2, None], "a list with None"),
+        ([1, "a"], "a list with 'a'"), (["x" * 99], f"a list with '{'x' * 39}"),
     ],
 )  # fmt: skip
 def test_what_a_value_is(value, expected):
@@ -297,8 +293,7 @@ def test_what_an_arrow_type_is():
         EMPTY: [pa.list_(pa.null())],
         "lists of objects with the keys text": [pa.list_(pa.struct({"text": pa.string()}))],
     }
-    assert {holds: [held_by_type(kind) for kind in kinds] for holds, kinds in expected.items()} == {
-        holds: [holds] * len(kinds) for holds, kinds in expected.items()
-    }
+    for holds, kinds in expected.items():
+        assert [held_by_type(kind) for kind in kinds] == [holds] * len(kinds)
     for kind in (pa.int64(), pa.list_(pa.float32()), pa.list_(pa.list_(pa.int8())), message, pa.binary(), pa.bool_()):
         assert held_by_type(kind) == str(kind)
