@@ -88,7 +88,9 @@ class StandardInput(Input):
         return "standard input"
 
     def start(self) -> None:
-        """What is read from here on is not kept."""
+        """What is read from here on is not kept. ValueError: it was read before."""
+        if self.started:
+            raise ValueError("standard input was read before, and comes once")
         self.started = True
 
     def _open(self) -> Any:

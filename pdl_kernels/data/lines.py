@@ -295,6 +295,8 @@ class _Text:
             raise _damage(self.file, f"byte {self.read}", error) from None
         self.read += len(data)
         self.text, self.position, self.ended = self.text[self.position :] + self._decoded(data), 0, not data
+        if self.ended and self.broken:  # a character that the end of the file cuts
+            raise ValueError(f"no UTF-8: {self.broken}")
 
     def _decoded(self, data: bytes) -> str:
         """What is UTF-8 in it, up to the first byte that is not; a character that is cut waits for the next data."""

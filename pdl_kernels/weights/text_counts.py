@@ -90,8 +90,8 @@ class TextCounts(Tally):
                     found = "null" if text is None else f"of type {type(text).__name__}"
                     hint = "; skip_empty leaves out what is null" if text is None else ""
                     raise TypeError(f"{where} is {found}; accepted is a string{hint}")
-            found = zip(encode([text for _, text in rows]), rows, strict=True)
-            return [id_array(ids if text.endswith(eos) else [*ids, *end]) for ids, (_, text) in found]
+            encoded = zip(encode([text for _, text in rows]), rows, strict=True)
+            return [id_array(ids if text.endswith(eos) else [*ids, *end]) for ids, (_, text) in encoded]
 
         counts._count_rows(
             texts, labels, fit, shift, None, _is_none if skip_empty else None, "text", checkpoint, batch_size, progress
