@@ -297,3 +297,23 @@ def test_what_an_arrow_type_is():
         assert [held_by_type(kind) for kind in kinds] == [holds] * len(kinds)
     for kind in (pa.int64(), pa.list_(pa.float32()), pa.list_(pa.list_(pa.int8())), message, pa.binary(), pa.bool_()):
         assert held_by_type(kind) == str(kind)
+
+
+def test_optional_columns_of_tables_are_read():
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"instruction": ["a"], "input": ["b"], "output": ["c"]}), "rows.parquet")
+    (row,) = open_corpus(["rows.parquet"]).rows
+    assert row["prompt"] == "a\nb\n"
+
+
+def test_rows_after_a_null_tell_what_a_column_holds():
+    Path("rows.jsonl").write_text('{"n": 1, "ids": null}\n{"n": 2, "ids": [3]}\n')
+    assert open_corpus(["rows.jsonl"], "ids").kind == "labels"
+
+
+@pytest.mark.parametrize("prompt", ["Q: {question}", None])
+def test_messages_inside_a_text_are_refused(prompt):
+    """Both are messages, and a template or a line break would make text of one."""
+    columns = {"question": MESSAGES, "answer": MESSAGES}
+    assert "`question` holds messages, which are no part of a text" in refused(columns, None, "answer", prompt)
