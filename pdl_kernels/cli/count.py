@@ -157,6 +157,8 @@ def _check_options(corpus: Corpus, given: dict[str, Any]) -> None:
             f"{corpus.name} holds labels, and nothing says whether position 0 of each is a target: --causal (it is "
             "none, because the model shifts the labels) or --encoder-decoder (it is one)"
         )
+    if given["--truncation-mode"] is not None and (given["--max-length"] is None or given["--packing"] is not None):
+        raise ValueError("--truncation-mode is for sequences that --max-length cuts, without --packing")
     if given["--packing"] is not None and given["--max-length"] is None:
         raise ValueError(f"--packing is {given['--packing']}, and --max-length is missing: to how many tokens")
     if given["--packing"] is not None and given["--causal/--encoder-decoder"] is False:
@@ -195,7 +197,7 @@ def _arguments_named_as_options() -> Iterator[None]:
         message = str(error)
         for argument, option in OPTIONS.items():
             message = message.replace(argument, option)
-        raise type(error)(message) from None
+        raise ValueError(message) from None
 
 
 @contextmanager

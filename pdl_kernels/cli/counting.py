@@ -35,6 +35,10 @@ class Work:
         self.name = name
         self.vocab_size = vocab_size
         self.given = given
+        if corpus.kind == COMPLETIONS and not corpus.reading.messages:
+            for option in ("--chat-template", "--role", "--assistant-only-loss"):
+                if given[option] is not None:
+                    raise ValueError(f"{option} is for messages, and {corpus.name} holds text")
         eos = given["--append-eos"]
         if eos is not None and corpus.reading.messages:
             raise ValueError("--append-eos is for text, and the completions are messages, which the chat template ends")
@@ -132,7 +136,8 @@ class Work:
             "truncation_mode": given["--truncation-mode"] or "keep_start",
             "packing": given["--packing"],
             "skip_empty": bool(given["--skip-empty"]),
-            "source": f"{self.corpus.name} of {self.corpus.source}, tokenizer {tokenizer_fingerprint(self.tokenizer)}",
+            "source": f"{self.corpus.reading} of {self.corpus.source}, "
+            f"tokenizer {tokenizer_fingerprint(self.tokenizer)}",
             "batch_size": self.corpus.batch_size,
             **self.common,
         }
@@ -156,7 +161,12 @@ class Work:
 
 
 def _template(file: Path | None) -> str | None:
-    return None if file is None else file.read_text(encoding="utf-8")
+    if file is None:
+        return None
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template is {file}, which cannot be read ({error})") from None
 
 
 def _roles(given: list[str] | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from pdl_kernels.data.tokenizers import warn_if_slow
 from pdl_kernels.errors import first_line
 
 IGNORED = -100
+SILENT_ROLES = {"system", "developer", "user", "tool"}  # chats of these alone have no turn of an assistant
 
 
 class ChatTemplate:
@@ -153,11 +154,12 @@ def training_template(tokenizer: Any) -> str:
 
 
 def says_something(messages: Any, roles: Mapping[str, str] | None) -> bool:
-    """Whether an assistant has a turn in these messages."""
-    if not isinstance(messages, Sequence):
-        return True  # for an error to be raised
-    names = (message.get("role", message.get("from")) for message in messages if isinstance(message, Mapping))
-    return any((roles or {}).get(name, name) == "assistant" for name in names)
+    """Whether an assistant has a turn in these messages; also where that cannot be told, for an error to be raised."""
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        return True
+    names = [message.get("role", message.get("from")) for message in messages if isinstance(message, Mapping)]
+    known = {(roles or {}).get(name, name) for name in names}
+    return "assistant" in known or not known <= SILENT_ROLES
 
 
 def _template_options(row: Any, where: RowName) -> dict[str, Any]:
@@ -169,7 +171,10 @@ def _template_options(row: Any, where: RowName) -> dict[str, Any]:
             tools = json.loads(tools)
         except ValueError as error:
             raise ValueError(f"{where}: tools are no JSON ({error})") from None
-    return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
+    options = row.get("chat_template_kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where}: chat_template_kwargs are of type {type(options).__name__}; accepted is an object")
+    return {**({} if tools is None else {"tools": tools}), **options}
 
 
 def _roles(messages: Iterable[Mapping[str, Any]]) -> str:

@@ -97,7 +97,10 @@ def _common_prefix(ids: Integers, others: Integers) -> int:
 
 def is_empty_pair(row: Any) -> bool:
     """Whether a row has no prompt or nothing after it."""
-    return isinstance(row, Mapping) and (row.get("prompt") is None or not row.get("completion"))
+    if not isinstance(row, Mapping):
+        return False
+    completion = row.get("completion")
+    return row.get("prompt") is None or completion is None or completion in ("", [])
 
 
 def _pair(row: Any, where: RowName) -> tuple[Any, Any]:

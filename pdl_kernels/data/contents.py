@@ -38,7 +38,7 @@ def held_by_type(kind: Any) -> str:
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return STRINGS
     if pa.types.is_null(kind):
         return NULL

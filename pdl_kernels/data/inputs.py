@@ -80,6 +80,8 @@ class StandardInput(Input):
 
     def __init__(self, form: str) -> None:
         super().__init__(Path(STANDARD_INPUT), form)
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         self.source = getattr(sys.stdin, "buffer", sys.stdin)
         self.head = bytearray()
         self.started = False

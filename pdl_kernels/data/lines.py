@@ -100,8 +100,6 @@ class JsonFiles(TextFiles):
             for column, value in row.items():
                 if column not in found or found[column].holds in (NULL, EMPTY):
                     found[column] = Content(held_by(value), place)
-            if all(content.holds not in (NULL, EMPTY) for content in found.values()):
-                break
         return found if rows else None
 
     def records(self, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

@@ -119,10 +119,12 @@ def readings(contents: Mapping[str, Content]) -> list[Reading]:
             found.append(Reading(COMPLETIONS, column, Prompt(prompt, optional, lines=prompt != ("prompt",))))
     if holds.get("text") in (STRINGS, NULL):
         found.append(Reading(TEXTS, "text"))
-    for column in ("labels", "input_ids"):
-        if holds.get(column) in (IDS, EMPTY) and not any(reading.kind == LABELS for reading in found):
-            found.append(Reading(LABELS, column))
-    return found or [_plain(column, holds[column]) for column in holds if len(holds) == 1 and _countable(holds[column])]
+    labels = (
+        "labels" if "labels" in holds else "input_ids"
+    )  # labels that cannot be read are no reason to take the inputs
+    if holds.get(labels) in (IDS, EMPTY, *([NULL] if labels == "labels" else [])):
+        found.append(Reading(LABELS, labels))
+    return found or [_plain(column, content) for column, content in holds.items() if _only_one(holds)]
 
 
 def choose(
@@ -195,6 +197,15 @@ def _of_kind(contents: Mapping[str, Content], kind: str, column: str | None) -> 
 def _plain(column: str, holds: str) -> Reading:
     kind = {MESSAGES: CHATS, IDS: LABELS, EMPTY: LABELS}.get(holds, TEXTS)
     return Reading(kind, column)
+
+
+def _only_one(holds: Mapping[str, str]) -> bool:
+    """Whether there is one column, which is what its content says: no chats as text, no header of several fields."""
+    return (
+        len(holds) == 1
+        and all(_countable(content) for content in holds.values())
+        and not any(column in CHAT_COLUMNS or set(column) & set(";|\t") for column in holds)
+    )
 
 
 def _countable(holds: str) -> bool:

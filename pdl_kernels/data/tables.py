@@ -185,7 +185,9 @@ class ParquetFiles(SizedTables):
     def ids(self, file: Path, column: str) -> int:
         metadata = self.metadata(file)
         leaves = [metadata.schema.column(leaf).path for leaf in range(metadata.num_columns)]
-        leaf = next(leaf for leaf, path in enumerate(leaves) if path.startswith(f"{column}."))
+        leaf = next((leaf for leaf, path in enumerate(leaves) if path.startswith(f"{column}.")), None)
+        if leaf is None:  # no rows, and not even the column
+            return 0
         return sum(metadata.row_group(group).column(leaf).num_values for group in range(metadata.num_row_groups))
 
     def open(self, file: Path, columns: Sequence[str], batch_size: int = TEXT_BATCH) -> Any:
@@ -297,7 +299,7 @@ def _damage_named(reader: TableFiles, file: Any) -> Iterator[None]:
         if isinstance(reader, CsvFiles):
             collections.deque(numbered_lines(Input(file)), maxlen=0)  # raises at the line
         raise ValueError(f"{file} is no UTF-8 ({error.reason}); accepted is UTF-8") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, and not what is on it
             raise
         raise ValueError(f"{file} {reader.problem} ({first_line(error)})") from None

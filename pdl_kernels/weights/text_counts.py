@@ -230,7 +230,9 @@ class TextCounts(Tally):
 
         def is_empty(row: Any) -> bool:
             messages = _messages(row)
-            return not messages or (assistant_only_loss and not says_something(messages, roles))
+            if messages is None or messages == []:
+                return True
+            return assistant_only_loss and not says_something(messages, roles)
 
         counts._count_rows(
             rows, labels, fit, True, -100, is_empty if skip_empty else None, "chat", checkpoint, batch_size, progress

@@ -59,7 +59,7 @@ def test_errors_in_json_lines_name_file_and_line(tokenizer, line, message):
     [
         ('{"text": "a"', "corpus.jsonl, line 2 is no JSON (Expecting ',' delimiter)"),
         ('["the cat"]', "corpus.jsonl, line 2 is a JSON list; accepted is one JSON object a line"),
-        ('{"txt": "a", "n": 1}', "corpus.jsonl has the columns 'txt' (strings), 'n' (int), which cannot be read"),
+        ('{"txt": "a", "n": 1}', "corpus.jsonl, line 2 has no column 'text'; accepted by --column are those it has"),
         ('{"text": null}', "corpus.jsonl, line 2: the text is null"),
         ('{"text": 5}', "corpus.jsonl has the columns 'text' (int), which cannot be read"),
         ('{"text": [3, 4]}', "column 'text' holds labels, and nothing says whether position 0 of each is a target"),

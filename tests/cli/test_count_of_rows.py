@@ -92,9 +92,8 @@ def test_a_template_and_roles_arrive():
     )
     write_json("chats.jsonl", CHATS)
     count("chats.jsonl", *template(marked + "{{ ' ' }}{% endfor %}"), "--role", "assistant=bot", "--skip-empty")
-    # No row has an assistant's turn any more: it is a bot's.
     counts = TokenCounts.load("c.safetensors")
-    assert (counts.total, counts.left_out) == (0, 3)
+    assert (counts.total, counts.left_out) == (7 - 3, 0), "the template's name for the assistant counts"
     count("chats.jsonl", *template(marked.replace("bot", "assistant") + "{{ ' ' }}{% endfor %}"))
     assert TokenCounts.load("c.safetensors").total == 7 - 3, "the first token of each chat is no target"
 
@@ -217,12 +216,10 @@ def test_completions_that_cannot_be_counted_are_named(row, message):
         (["--no-special-tokens"], "--special-tokens is for texts, and column 'completion' holds completions"),
         (["--ignore-index", 3], "--ignore-index is for labels"),
         (["--packing", "bfd"], "--packing is bfd, and --max-length is missing"),
-        (["--role", "gpt"], "--role is 'gpt'; accepted is NAME=ROLE, such as gpt=assistant"),
-        (
-            ["--assistant-only-loss"],
-            "pairs.jsonl, line 1: --assistant-only-loss is for messages, and the completion is",
-        ),
-        (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
+        (["--role", "gpt=assistant"], "--role is for messages, and column 'completion' holds text"),
+        (["--assistant-only-loss"], "--assistant-only-loss is for messages, and column 'completion' holds text"),
+        (["--chat-template", "nowhere.jinja"], "--chat-template is for messages"),
+        (["--truncation-mode", "keep_end"], "--truncation-mode is for sequences that --max-length cuts"),
         (["--dtype", "uint16"], "--dtype is for .bin files of token ids"),
     ],
 )
@@ -250,6 +247,45 @@ def test_files_of_tokens_that_cannot_be_counted():
     assert "error: m.idx does not fit m.bin: it announces 11 ids of uint16, and the file has 20 bytes" in refused(
         "m.bin"
     )
+
+
+def test_roles_and_templates_that_cannot_be_read():
+    write_json("chats.jsonl", CHATS)
+    assert "--role is 'gpt'; accepted is NAME=ROLE, such as gpt=assistant" in refused("chats.jsonl", "--role", "gpt")
+    message = refused("chats.jsonl", "--chat-template", "nowhere.jinja")
+    assert "--chat-template is nowhere.jinja, which cannot be read" in message
+    Path("latin.jinja").write_bytes(b"caf\xe9")
+    assert "--chat-template is latin.jinja, which cannot be read" in refused(
+        "chats.jsonl", "--chat-template", "latin.jinja"
+    )
+    write_json("chats.jsonl", [{**CHATS[0], "chat_template_kwargs": "x"}])
+    assert "chats.jsonl, line 1: chat_template_kwargs are of type str; accepted is an object" in refused("chats.jsonl")
+
+
+def test_skipping_hides_nothing_but_emptiness():
+    write_json("chats.jsonl", [chat("the", role="gpt")])
+    assert "no token of this chat is the assistant's" in refused("chats.jsonl", "--skip-empty")
+    write_json("chats.jsonl", [*CHATS, {"messages": "a text"}])
+    assert "chats.jsonl, line 4: messages are a str" in refused("chats.jsonl", "--skip-empty")
+    write_json("pairs.jsonl", [*PAIRS, {"prompt": "a", "completion": 0}])
+    assert "pairs.jsonl, line 4: the completion is of type int" in refused("pairs.jsonl", "--skip-empty")
+
+
+def test_labels_are_not_replaced_by_what_lies_beside_them():
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}]
+    write_json("late.jsonl", rows)
+    assert "late.jsonl, line 1 has no column 'labels'" in refused("late.jsonl", "--causal")
+    write_json("numbers.jsonl", [{"input_ids": [1, 2], "labels": 1}])
+    assert "has the columns 'input_ids' (lists of ids), 'labels' (int), which cannot be" in refused(
+        "numbers.jsonl", "--causal"
+    )
+
+
+def test_chats_and_headers_are_no_texts():
+    Path("chats.csv").write_text('messages\n"[{}]"\n')
+    assert "chats.csv has the columns 'messages' (strings), which cannot be read" in refused("chats.csv")
+    Path("semicolons.csv").write_text("a;text\n1;the cat\n")
+    assert "semicolons.csv has the columns 'a;text' (strings), which cannot be read" in refused("semicolons.csv")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,9 +340,14 @@ def test_an_interrupted_count_goes_on_without_counting_a_row_twice(kind, monkeyp
         Path("c.safetensors").unlink()
 
 
-@pytest.mark.parametrize("change", [["--whole-chats"], ["--max-length", 5], ["--role", "user=human"], "template"])
+@pytest.mark.parametrize(
+    "change",
+    [["--whole-chats"], ["--max-length", 5], ["--role", "user=human"], ["--prompt", "{prompt}who "], "template"],
+)
 def test_another_setting_is_not_gone_on_with(change, monkeypatch):
     name, _ = big("gz")
+    if change[0] == "--prompt":
+        name = write_json("big.jsonl", PAIRS * 1000)
     add, calls = tally.Tally._add, []
 
     def interrupted(counts, *arguments):
