@@ -102,9 +102,10 @@ class Work:
         fit = Fit(self.given["--max-length"], self.given["--truncation-mode"] or "keep_start", self.given["--packing"])
         if fit.max_length is not None:
             return f"; {fit.describe().removeprefix(', ')}"
-        return (
-            "; nothing is cut" if self.corpus.kind == TEXTS else f"; nothing is cut (TRL's own default: {TRL_CUTS:,})"
-        )
+        if self.corpus.kind == TEXTS:
+            return "; nothing is cut"
+        whole = "whole chats, " if self.corpus.kind == CHATS else ""
+        return f"; nothing is cut (TRL's own default: {whole}cut to {TRL_CUTS:,})"
 
     def _labels(self) -> TokenCounts:
         ignore_index = self.given["--ignore-index"]

@@ -11,7 +11,7 @@ from pdl_kernels.data.batches import Place, RowName
 from pdl_kernels.data.chats import IGNORED, ChatTemplate
 from pdl_kernels.data.labels import Integers
 from pdl_kernels.data.sequences import Numbered
-from pdl_kernels.data.tokenizers import encoder_of, end_of_text
+from pdl_kernels.data.tokenizers import encoded, encoder_of, end_of_text
 
 
 class Completions:
@@ -59,7 +59,8 @@ class Completions:
             return
         eos = end_of_text(self.tokenizer) if self.append_eos else ""
         completions = [text if text.endswith(eos) else text + eos for *_, text in rows]
-        whole = self.encode([prompt + text for (_, _, prompt, _), text in zip(rows, completions, strict=True)])
+        both = [prompt + text for (_, _, prompt, _), text in zip(rows, completions, strict=True)]
+        whole = encoded(self.encode, both, [RowName(place, number) for number, *_ in rows])
         prompts = self.encode([prompt for _, _, prompt, _ in rows]) if self.completion_only else whole
         for (number, *_), ids, before in zip(rows, whole, prompts, strict=True):
             yield number, self._labels(ids, before)

@@ -47,6 +47,8 @@ def held_by_type(kind: Any) -> str:
             return IDS
         if pa.types.is_null(kind.value_type):
             return EMPTY
+        if getattr(kind.value_type, "extension_name", None) == "arrow.json":  # objects of several forms, by `datasets`
+            return MESSAGES
         if pa.types.is_struct(kind.value_type):
             return _held_by_objects([field.name for field in kind.value_type])
     return str(kind)

@@ -154,7 +154,7 @@ def choose(
     if kind is not None:
         found = [reading for reading in found if reading.kind == kind] or _of_kind(contents, kind, column)
     elif column is not None and not found:
-        found = [_plain(column, contents[column].holds)] if _countable(contents[column].holds) else []
+        found = _said(contents, name, column)
     if len(found) > 1:
         raise ValueError(
             f"{name} can be read as {' and as '.join(map(str, found))}; --kind and --column say which is meant"
@@ -192,6 +192,17 @@ def _of_kind(contents: Mapping[str, Content], kind: str, column: str | None) -> 
         return []  # what comes before them must be said
     columns = [column] if column is not None else [name for name in contents if contents[name].holds in HOLDS[kind]]
     return [Reading(kind, name) for name in columns]
+
+
+def _said(contents: Mapping[str, Content], name: str, column: str) -> list[Reading]:
+    """What a column that was named holds. ValueError: a string that may come after another one."""
+    others = [other for other, content in contents.items() if content.holds == STRINGS and other != column]
+    if contents[column].holds == STRINGS and others:
+        raise ValueError(
+            f"{name} has `{column}` beside {_listed(others)}, and nothing says whether it is a text or comes after a "
+            "prompt: --kind texts, or --prompt COLUMN"
+        )
+    return [_plain(column, contents[column].holds)] if _countable(contents[column].holds) else []
 
 
 def _plain(column: str, holds: str) -> Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 PACKINGS = ("bfd", "bfd_split", "wrapped")
 WRAPPED_ROWS = 1000  # rows that are wrapped together: a batch of `map` of datasets
 BATCH_CHARACTERS = 2**21  # of text that are tokenized at a time
+EMPTY_ROWS = 100_000  # read at most for a part, however many of them are empty
 
 Numbered = Sequence[tuple[int, Any]]  # rows with their numbers
 
@@ -65,24 +66,36 @@ class Fit:
         return "" if self.max_length is None else f", cut to {self.max_length} tokens ({self.truncation_mode})"
 
 
-def filled_batches(
-    rows: Iterable[Any], first: int, size: int, is_empty: Callable[[Any], bool], fit: Fit
-) -> Iterator[tuple[int, Numbered]]:
-    """How many rows were read, and those of them that are not empty, with their numbers, from number `first` on."""
-    wrapped = fit.packing == "wrapped"
-    size = WRAPPED_ROWS if wrapped else size
-    batch: list[tuple[int, Any]] = []
-    read = characters = 0
+class Part(NamedTuple):
+    """Rows that are tokenized together."""
+
+    read: int  # rows that were read for it
+    rows: Numbered  # those of them that are not empty
+    last: bool  # of the rows that are counted together
+
+
+def parts(rows: Iterable[Any], first: int, size: int, is_empty: Callable[[Any], bool], fit: Fit) -> Iterator[Part]:
+    """The rows, numbered from `first` on, in parts of at most `size` rows and about BATCH_CHARACTERS of text.
+
+    Rows that are wrapped together are several parts, of which only the last one is the last: texts need not all be in
+    memory at once.
+    """
+    waiting: list[tuple[int, Any]] = []
+    read = characters = kept = 0
     for number, row in enumerate(rows, start=first):
         read += 1
         if not is_empty(row):
-            batch.append((number, row))
+            waiting.append((number, row))
             characters += _characters(row)
-        if len(batch) == size or (characters >= BATCH_CHARACTERS and not wrapped) or (read >= 100 * size and not batch):
-            yield read, batch
-            batch, read, characters = [], 0, 0
-    if read:
-        yield read, batch
+            kept += 1
+        full = len(waiting) == size or characters >= BATCH_CHARACTERS or read == EMPTY_ROWS
+        last = kept == WRAPPED_ROWS if fit.packing == "wrapped" else full
+        if full or last:
+            yield Part(read, waiting, last)
+            waiting, read, characters = [], 0, 0
+            kept = 0 if last else kept
+    if read or kept:
+        yield Part(read, waiting, True)
 
 
 def _characters(row: Any) -> int:

@@ -9,6 +9,8 @@ also asks the network about local files, which the readers used here do not.
 from __future__ import annotations
 
 import collections
+import csv
+import io
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,8 @@ from pdl_kernels.errors import first_line
 
 BATCH_IDS = 2**22  # label ids read at a time: 32 MiB as int64
 LARGEST_BATCH = 2**16  # rows
-TEXT_BATCH = 1000  # texts read at a time
+TEXT_BATCH = 1000  # texts counted at a time
+ROWS_READ = 64  # of a table, which may be long
 
 
 def _datasets() -> Any:
@@ -78,9 +81,13 @@ class TableFiles(ABC):
         return [column for column in (*columns, *optional) if column in there]
 
     def _rows_of(self, file: Any, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Decoded by `datasets`, which keeps what arrow has no type for, such as contents of several kinds, as JSON."""
+        if not columns:
+            return
         with _damage_named(self, file):
-            for table in self.tables(file, columns, 0, TEXT_BATCH) if columns else ():
-                yield from table.to_pylist()
+            for batch in self.open(file, columns).select_columns(list(columns)).iter(ROWS_READ):
+                for values in zip(*(batch[column] for column in columns), strict=True):
+                    yield dict(zip(columns, values, strict=True))
 
     def tables(self, file: Any, columns: Sequence[str], skipped: int, batch_size: int) -> Iterator[Any]:
         """The columns as arrow tables, from the row after the first `skipped` on."""
@@ -198,7 +205,9 @@ class ParquetFiles(SizedTables):
         schema = self.metadata(file).schema.to_arrow_schema()
         kinds = [schema.field(column).type for column in columns]
         kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
-        features = datasets.Features.from_arrow_schema(pa.schema(list(zip(columns, kinds, strict=True))))
+        kinds = [pa.string() if pa.types.is_string_view(kind) else kind for kind in kinds]
+        chosen = pa.schema(list(zip(columns, kinds, strict=True)), metadata=schema.metadata)
+        features = datasets.Features.from_arrow_schema(chosen)
         # Opening writes a lock to the cache, and nothing else; reading does without it.
         with tempfile.TemporaryDirectory() as cache:
             return datasets.IterableDataset.from_parquet(
@@ -230,6 +239,11 @@ class CsvFiles(TableFiles):
         return self._read(file, features=datasets.Features({column: datasets.Value("string") for column in columns}))
 
     def schema(self, file: Path) -> Any:
+        with Input(file).opened() as stream:
+            rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline=""))
+            header, first = next(rows, []), next(rows, [])
+        if len(first) > len(header) > 0:  # pandas would take the first field for an index
+            raise ValueError(f"its header has {len(header)} fields, and the row after it {len(first)}")
         return _first_schema(self._read(file, nrows=1))
 
     def held_by(self, kind: Any) -> str:

@@ -43,6 +43,21 @@ def warn_if_slow(tokenizer: Any) -> None:
         )
 
 
+def encoded(encode: Encode, texts: Sequence[str], names: Sequence[object]) -> Sequence[Sequence[int]]:
+    """What `encode` makes of the texts. ValueError, with its name: one that holds half a character."""
+    try:
+        return encode(texts)
+    except (TypeError, UnicodeEncodeError):
+        for text, name in zip(texts, names, strict=True):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{name}: it holds a lone surrogate, which is no character; accepted is text"
+                ) from None
+        raise
+
+
 def _without_padding_and_truncation(tokenizer: Any) -> Any:
     """Embedding models' tokenizer.json files switch both on; transformers' tokenizers, when called, leave them off."""
     if tokenizer.padding is None and tokenizer.truncation is None:

@@ -13,8 +13,8 @@ from pdl_kernels.data.batches import Batch, Batches, Place, RowName, check_batch
 from pdl_kernels.data.chats import ChatTemplate, says_something
 from pdl_kernels.data.completions import Completions, is_empty_pair
 from pdl_kernels.data.labels import describe_label_settings, id_array
-from pdl_kernels.data.sequences import Fit, Numbered, filled_batches
-from pdl_kernels.data.tokenizers import encoder_of, end_of_text, end_of_text_id, name_of, vocab_size_of
+from pdl_kernels.data.sequences import Fit, Numbered, parts
+from pdl_kernels.data.tokenizers import encoded, encoder_of, end_of_text, end_of_text_id, name_of, vocab_size_of
 from pdl_kernels.weights.tally import Tally
 
 Self = TypeVar("Self", bound="TextCounts")
@@ -90,8 +90,12 @@ class TextCounts(Tally):
                     found = "null" if text is None else f"of type {type(text).__name__}"
                     hint = "; skip_empty leaves out what is null" if text is None else ""
                     raise TypeError(f"{where} is {found}; accepted is a string{hint}")
-            encoded = zip(encode([text for _, text in rows]), rows, strict=True)
-            return [id_array(ids if text.endswith(eos) else [*ids, *end]) for ids, (_, text) in encoded]
+            names = [RowName(place, number) for number, _ in rows]
+            found_ids = encoded(encode, [text for _, text in rows], names)
+            return [
+                id_array(ids if text.endswith(eos) else [*ids, *end])
+                for ids, (_, text) in zip(found_ids, rows, strict=True)
+            ]
 
         counts._count_rows(
             texts, labels, fit, shift, None, _is_none if skip_empty else None, "text", checkpoint, batch_size, progress
@@ -152,8 +156,8 @@ class TextCounts(Tally):
         fit = Fit(max_length, truncation_mode, packing)
         make_chat = functools.partial(ChatTemplate, tokenizer, chat_template, assistant_only_loss, roles)
         completions = Completions(tokenizer, completion_only_loss, append_eos, assistant_only_loss, make_chat)
-        parts = ["answers"] if completion_only_loss or assistant_only_loss else ["prompts", "answers"]
-        counts = cls._of_tokenizer(tokenizer, vocab_size, documents, parts)
+        held = ["answers"] if completion_only_loss or assistant_only_loss else ["prompts", "answers"]
+        counts = cls._of_tokenizer(tokenizer, vocab_size, documents, held)
         counts.counted = (
             f"{source}, {'completions after their prompts' if completion_only_loss else 'prompts and completions'}"
             f"{', of the assistant alone' if assistant_only_loss else ''}{', EOS appended' if append_eos else ''}"
@@ -215,8 +219,8 @@ class TextCounts(Tally):
         """
         fit = Fit(max_length, truncation_mode, packing)
         chat = ChatTemplate(tokenizer, chat_template, assistant_only_loss, roles)
-        parts = ["answers"] if assistant_only_loss else ["prompts", "answers"]
-        counts = cls._of_tokenizer(tokenizer, vocab_size, documents, parts)
+        held = ["answers"] if assistant_only_loss else ["prompts", "answers"]
+        counts = cls._of_tokenizer(tokenizer, vocab_size, documents, held)
         counts.counted = (
             f"{source}, {'assistant messages' if assistant_only_loss else 'whole chats'}{fit.describe()}"
             f"{_describe_template(tokenizer, chat.template or chat_template, roles)}"
@@ -241,11 +245,11 @@ class TextCounts(Tally):
 
     @classmethod
     def _of_tokenizer(
-        cls: type[Self], tokenizer: Any, vocab_size: int | None, documents: bool, parts: list[str]
+        cls: type[Self], tokenizer: Any, vocab_size: int | None, documents: bool, held: list[str]
     ) -> Self:
         size = vocab_size_of(tokenizer) if vocab_size is None else vocab_size
         counts = cls(size, documents=documents, tokenizer=name_of(tokenizer))
-        counts.parts = parts
+        counts.parts = held
         counts.remember_special_tokens(tokenizer)
         return counts
 
@@ -270,17 +274,24 @@ class TextCounts(Tally):
         def batches() -> Batches:
             first = self.rows_read
             following = itertools.islice(rows, first, None)
-            for read, numbered in filled_batches(following, first, batch_size, is_empty or _is_nothing, fit):
-                labels = make_labels(numbered, place) if numbered else []
-                sequences = fit.sequences(labels)
-                names: list[object] = [RowName(place, number, "the tokens of ") for number, _ in numbered]
-                if len(sequences) != len(names):
+            read = 0
+            labels: list[Any] = []
+            names: list[object] = []
+            for part in parts(following, first, batch_size, is_empty or _is_nothing, fit):
+                labels += make_labels(part.rows, place) if part.rows else []
+                names += [RowName(place, number, "the tokens of ") for number, _ in part.rows]
+                read += part.read
+                if not part.last:
+                    continue
+                sequences, kept = fit.sequences(labels), len(labels)
+                if len(sequences) != kept:
                     names = [
                         f"packed sequence {number} of {unit}s {first} to {first + read - 1}"
                         for number in range(len(sequences))
                     ]
-                yield Batch(read, row_blocks(sequences, shift, names), left_out=read - len(numbered))
+                yield Batch(read, row_blocks(sequences, shift, names), left_out=read - kept)
                 first += read
+                read, labels, names = 0, [], []
 
         self._add_batches(batches(), ignore_index, checkpoint, rows, unit, progress)
 

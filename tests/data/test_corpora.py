@@ -237,7 +237,7 @@ def test_errors_of_the_disk_stay_what_they_are(monkeypatch, form):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(inputs.Input, "_open", broken)
-    monkeypatch.setattr(tables.ParquetFiles, "tables", broken)
+    monkeypatch.setattr(tables.ParquetFiles, "open", broken)
     with pytest.raises(OSError, match="Input/output error") as caught:
         list(corpus.rows)
     assert caught.value.errno == 5

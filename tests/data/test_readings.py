@@ -108,7 +108,7 @@ def test_other_kinds_by_names_and_contents(columns, kind, column):
             (None, None, "text"): "completions summary", ("texts", "summary", None): "texts summary"}),
         (("instruction", "input", "output", "text"), ["completions (`output`", "texts (`text`)"], {
             ("completions", None, None): "completions output", (None, "text", None): "texts text",
-            (None, "input", None): "texts input"}),
+            ("texts", "input", None): "texts input"}),
         (("prompt", "instruction", "response"), ["after `prompt`", "after `instruction`"], {
             (None, "response", "prompt"): "completions response", (None, None, "prompt"): "completions response",
             ("completions", None, "{instruction}: "): "completions response"}),
@@ -136,7 +136,11 @@ def test_columns_of_any_name_where_they_are_said():
     columns = {"a": STRINGS, "b": STRINGS, "c": MESSAGES, "d": IDS, "e": "dict"}
     assert "has the columns 'a' (strings), 'b' (strings), 'c' (messages), 'd' (lists of" in refused(columns)
     for column, kind in zip("abcd", ("texts", "texts", "chats", "labels"), strict=True):
-        assert read(columns, None, column).kind == read(columns, kind, column).kind == kind
+        assert read(columns, kind, column).kind == kind
+        if kind == "texts":  # or an answer to the other one
+            assert f"has `{column}` beside `" in refused(columns, None, column)
+        else:
+            assert read(columns, None, column).kind == kind
     assert read(columns, "chats").column == "c"
     assert read(columns, "labels").column == "d"
     assert "can be read as texts (`a`) and as texts (`b`)" in refused(columns, "texts")
