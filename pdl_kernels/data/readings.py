@@ -10,13 +10,6 @@ from typing import Any
 from pdl_kernels.data.contents import EMPTY, IDS, MESSAGES, NULL, STRINGS, Content, missing_column
 
 TEXTS, COMPLETIONS, CHATS, LABELS, STREAM = "texts", "completions", "chats", "labels", "stream"
-KINDS = {
-    TEXTS: "texts, each a sequence of its own",
-    COMPLETIONS: "answers, each after its prompt",
-    CHATS: "messages of several roles",
-    LABELS: "label ids, masked as training masks them",
-    STREAM: "a file of nothing but token ids",
-}
 HOLDS = {
     TEXTS: (STRINGS,),
     COMPLETIONS: (STRINGS, MESSAGES),

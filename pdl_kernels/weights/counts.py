@@ -174,7 +174,6 @@ class TokenCounts(TextCounts):
             names = [files] if isinstance(files, (str, os.PathLike)) else files
             files = TokenFiles([Path(name) for name in names], dtype, separator)
         counts = cls(vocab_size, documents=documents, tokenizer=tokenizer)
-        counts.parts = ["labels"]
         counts.counted = source or files.source
         counts._resume(checkpoint)
         counts._add_batches(files.blocks(counts.rows_read, documents), None, checkpoint, files, "token", progress)

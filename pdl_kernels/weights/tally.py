@@ -49,7 +49,7 @@ class Tally:
         self.left_out = 0
         self.tokenizer = tokenizer
         self.counted: str | None = None
-        self.parts: list[str] = []  # "prompts", "answers", "texts", "labels": what the targets are
+        self.parts: list[str] = []  # "prompts", "answers", "texts": what the targets are, where known
         self.eos_id: int | None = None
         self.special_ids: list[int] = []
 

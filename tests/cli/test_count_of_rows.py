@@ -54,7 +54,7 @@ PAIRS = [{"prompt": "what is ", "completion": answer} for answer in ("the cat", 
 def test_what_is_counted_is_said_before_counting():
     write_json("chats.jsonl", CHATS)
     assert count("chats.jsonl").startswith(
-        "counting assistant messages of `messages`, 3 chats; nothing is cut (TRL's own default: whole chats, cut to 1,024)\n"
+        "counting assistant messages of `messages`, 3 chats; nothing is cut (TRL's own default: whole chats, cut to 1,0"
     )
     assert "counting whole chats of `messages`, 3 chats; cut to 9 tokens (keep_end)\n" in count(
         "chats.jsonl", "--whole-chats", "--max-length", 9, "--truncation-mode", "keep_end"
