@@ -34,6 +34,7 @@ from pdl_kernels.data.corpora import open_corpus
 
 VOCAB_SIZE = 131_072
 SEQUENCES = 20_000
+Way = Callable[[str], Callable[[], TokenCounts]]  # from the folder of the data to what is timed
 MEAN_LENGTH = 500  # tokens; lengths run from 1 to twice this
 
 
@@ -144,7 +145,7 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-def measure(way: Callable[[str], Callable[[], TokenCounts]], folder: str) -> dict[str, float]:
+def measure(way: Way, folder: str) -> dict[str, float]:
     """In this process, which should be fresh."""
     torch.set_num_threads(1)
     count = way(folder)
@@ -173,19 +174,29 @@ def environment() -> dict[str, str]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("results/counting.json"))
+def options_of(arguments: Sequence[str] | None, description: str | None, output: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument("--runs", type=int, default=3, help="fresh processes for each way (default %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def measure_all(ways: Sequence[Way], runs: int, folder: str) -> dict[str, list[dict[str, float]]]:
+    """Each way, `runs` times, in turn and in fresh processes."""
     fresh = multiprocessing.get_context("spawn")
-    samples: dict[str, list[dict[str, float]]] = {way.__name__: [] for way in WAYS}
+    samples: dict[str, list[dict[str, float]]] = {way.__name__: [] for way in ways}
+    for way in tqdm([way for _ in range(runs) for way in ways], desc="counting", unit="run"):
+        with ProcessPoolExecutor(1, mp_context=fresh) as process:
+            samples[way.__name__].append(process.submit(measure, way, folder).result())
+    return samples
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = options_of(arguments, __doc__, "results/counting.json")
     with tempfile.TemporaryDirectory() as temporary:
         folder = f"{temporary}/labels"
         make_dataset(folder)
-        for way in tqdm([way for _ in range(options.runs) for way in WAYS], desc="counting", unit="run"):
-            with ProcessPoolExecutor(1, mp_context=fresh) as process:
-                samples[way.__name__].append(process.submit(measure, way, folder).result())
+        samples = measure_all(WAYS, options.runs, folder)
     print_table(samples)
     record = {"environment": environment(), "vocab_size": VOCAB_SIZE, "sequences": SEQUENCES, "samples": samples}
     write_record(options.output, record)

@@ -10,23 +10,19 @@ what is counted, target by target.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
-import multiprocessing
 import sys
 import sysconfig
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from benchmarks.counting import environment, measure, print_table
+from benchmarks.counting import environment, measure_all, options_of, print_table
 from benchmarks.results import write_record
 from pdl_kernels import TokenCounts
 from pdl_kernels.data.corpora import open_corpus
@@ -165,17 +161,10 @@ WAYS = (count_texts, map_texts, count_completions, map_completions, count_chats,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("results/counting_texts.json"))
-    parser.add_argument("--runs", type=int, default=3, help="fresh processes for each way (default %(default)s)")
-    options = parser.parse_args(arguments)
-    fresh = multiprocessing.get_context("spawn")
-    samples: dict[str, list[dict[str, float]]] = {way.__name__: [] for way in WAYS}
+    options = options_of(arguments, __doc__, "results/counting_texts.json")
     with tempfile.TemporaryDirectory() as folder:
         make_files(Path(folder))
-        for way in tqdm([way for _ in range(options.runs) for way in WAYS], desc="counting", unit="run"):
-            with ProcessPoolExecutor(1, mp_context=fresh) as process:
-                samples[way.__name__].append(process.submit(measure, way, folder).result())
+        samples = measure_all(WAYS, options.runs, folder)
     for kind in ("texts", "completions", "chats"):
         sums = {run["checksum"] for way in ("count", "map") for run in samples[f"{way}_{kind}"]}
         if len(sums) != 1:

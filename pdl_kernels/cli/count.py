@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pdl_kernels.cli import count_options as options
 from pdl_kernels.cli.arguments import Overwrite, beside, check_output, load_tokenizer
-from pdl_kernels.cli.counting import Work
+from pdl_kernels.cli.counting import OF_KINDS, Settings, Work, option
 from pdl_kernels.data.corpora import Corpus, open_corpus
-from pdl_kernels.data.readings import CHATS, COMPLETIONS, LABELS, STREAM, TEXTS
+from pdl_kernels.data.readings import COMPLETIONS, LABELS, STREAM
 from pdl_kernels.weights.counts import TokenCounts
 
 # How arguments in messages of the package are called here.
@@ -26,23 +25,6 @@ OPTIONS = {
     "or chat_template": "or --chat-template",
     "roles says": "--role says",
 }
-# Which options are for which kinds of data; all others are for all.
-OF_KINDS = {
-    "--skip-empty": (TEXTS, COMPLETIONS, CHATS),
-    "--chat-template": (COMPLETIONS, CHATS),
-    "--role": (COMPLETIONS, CHATS),
-    "--causal/--encoder-decoder": (TEXTS, LABELS),
-    "--assistant-only-loss": (COMPLETIONS, CHATS),
-    "--completion-only-loss": (COMPLETIONS,),
-    "--append-eos": (TEXTS, COMPLETIONS),
-    "--special-tokens": (TEXTS,),
-    "--max-length": (TEXTS, COMPLETIONS, CHATS),
-    "--truncation-mode": (TEXTS, COMPLETIONS, CHATS),
-    "--packing": (TEXTS, COMPLETIONS, CHATS),
-    "--ignore-index": (LABELS,),
-}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -107,20 +89,20 @@ def count(
     )
     if resume and not corpus.resumable:
         raise ValueError("standard input comes once, and nothing tells whether it is the same: accepted is no --resume")
-    given: dict[str, Any] = {
-        "--skip-empty": skip_empty or None,
-        "--chat-template": chat_template,
-        "--role": roles,
-        "--causal/--encoder-decoder": causal,
-        "--assistant-only-loss": assistant_only_loss,
-        "--completion-only-loss": completion_only_loss,
-        "--append-eos": append_eos,
-        "--special-tokens": special_tokens,
-        "--max-length": max_length,
-        "--truncation-mode": None if truncation_mode is None else truncation_mode.value,
-        "--packing": None if packing is None else packing.value,
-        "--ignore-index": ignore_index,
-    }
+    given = Settings(
+        skip_empty=skip_empty or None,
+        chat_template=chat_template,
+        roles=roles,
+        causal=causal,
+        assistant_only_loss=assistant_only_loss,
+        completion_only_loss=completion_only_loss,
+        append_eos=append_eos,
+        special_tokens=special_tokens,
+        max_length=max_length,
+        truncation_mode=None if truncation_mode is None else truncation_mode.value,
+        packing=None if packing is None else packing.value,
+        ignore_index=ignore_index,
+    )
     _check_options(corpus, given)
     _check_what_is_needed(corpus, tokenizer, vocab_size)
     loaded = load_tokenizer(tokenizer)
@@ -141,27 +123,27 @@ def _suffix(text: str) -> str:
     return text if text.startswith(".") else f".{text}"
 
 
-def _check_options(corpus: Corpus, given: dict[str, Any]) -> None:
+def _check_options(corpus: Corpus, given: Settings) -> None:
     """ValueError for options of other kinds of data, which would have no effect, and for a kind that is not said."""
-    for option, value in given.items():
-        if value is not None and corpus.kind not in OF_KINDS[option]:
+    for name, kinds in OF_KINDS.items():
+        if getattr(given, name) is not None and corpus.kind not in kinds:
             hint = ""
-            if corpus.kind == COMPLETIONS and option == "--causal/--encoder-decoder":
+            if corpus.kind == COMPLETIONS and name == "causal":
                 column = corpus.reading.column
                 hint = f"; for encoder-decoder models the answers are texts: --kind texts --column {column}"
             raise ValueError(
-                f"{option} is for {' and '.join(OF_KINDS[option])}, and {corpus.name} holds {corpus.kind}{hint}"
+                f"{option(name)} is for {' and '.join(kinds)}, and {corpus.name} holds {corpus.kind}{hint}"
             )
-    if corpus.kind == LABELS and given["--causal/--encoder-decoder"] is None:
+    if corpus.kind == LABELS and given.causal is None:
         raise ValueError(
             f"{corpus.name} holds labels, and nothing says whether position 0 of each is a target: --causal (it is "
             "none, because the model shifts the labels) or --encoder-decoder (it is one)"
         )
-    if given["--truncation-mode"] is not None and (given["--max-length"] is None or given["--packing"] is not None):
+    if given.truncation_mode is not None and (given.max_length is None or given.packing is not None):
         raise ValueError("--truncation-mode is for sequences that --max-length cuts, without --packing")
-    if given["--packing"] is not None and given["--max-length"] is None:
-        raise ValueError(f"--packing is {given['--packing']}, and --max-length is missing: to how many tokens")
-    if given["--packing"] is not None and given["--causal/--encoder-decoder"] is False:
+    if given.packing is not None and given.max_length is None:
+        raise ValueError(f"--packing is {given.packing}, and --max-length is missing: to how many tokens")
+    if given.packing is not None and given.causal is False:
         raise ValueError("--packing is for causal models, and --encoder-decoder came with it")
 
 

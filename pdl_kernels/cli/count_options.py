@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from pdl_kernels.cli.arguments import TOKENIZER_HELP
+from pdl_kernels.data.chats import IGNORED
 from pdl_kernels.data.readings import CHATS, COMPLETIONS, LABELS, STREAM, TEXTS
 
 DATA = "What the data are"
 TRAINING = "What training does with them"
 TOKENS = "Label ids and files of tokens"
-IGNORE_INDEX = -100
 
 
 class Kind(str, Enum):
@@ -228,7 +228,7 @@ IgnoreIndex = Annotated[
     int | None,
     typer.Option(
         help="The label of positions without a loss, such as prompts and padding.",
-        show_default=str(IGNORE_INDEX),
+        show_default=str(IGNORED),
         rich_help_panel=TOKENS,
     ),
 ]

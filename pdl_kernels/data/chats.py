@@ -108,12 +108,11 @@ class ChatTemplate:
         read["role"] = self.roles.get(role, role)
         return read
 
-    def labels(self, chats: Numbered, place: Place) -> list[Integers]:
-        """The ids of each chat, with -100 for what is no target."""
+    def labels(self, chats: Numbered, place: Place) -> list[tuple[Integers, Integers]]:
+        """The ids of each chat, and its labels: the ids, with -100 for what is no target."""
         rows = []
-        for (number, (messages, _)), (ids, mask) in zip(
-            chats, self.encode(chats, place, mask=self.assistant_only), strict=True
-        ):
+        encoded = self.encode(chats, place, mask=self.assistant_only)
+        for (number, (messages, _)), (ids, mask) in zip(chats, encoded, strict=True):
             if mask is not None and 1 not in mask:
                 raise ValueError(
                     f"{place(number)}: no token of this chat is the assistant's by the chat template, and the trainer "
@@ -121,7 +120,7 @@ class ChatTemplate:
                     "roles says which role is which, and skip_empty leaves chats without one out"
                 )
             ids = np.asarray(ids, np.int64)
-            rows.append(ids if mask is None else np.where(np.asarray(mask, bool), ids, IGNORED))
+            rows.append((ids, ids if mask is None else np.where(np.asarray(mask, bool), ids, IGNORED)))
         return rows
 
 

@@ -77,11 +77,10 @@ class Completions:
             answer, _ = self.chat.read({}, completion, "the messages of the completion", where)
             prompts.append((number, (messages, options)))
             whole.append((number, (messages + answer, options)))
-        labels = self.chat.labels(whole, place)
-        ids = self.chat.encode(whole, place, mask=False) if self.assistant_only else [(row, None) for row in labels]
-        before = self.chat.encode(prompts, place, mask=False, prompt=True) if self.completion_only else ids
-        for (number, *_), row, (whole_ids, _), (prompt_ids, _) in zip(rows, labels, ids, before, strict=True):
-            yield number, np.where(self._labels(whole_ids, prompt_ids) == IGNORED, IGNORED, row)
+        labelled = self.chat.labels(whole, place)
+        before = self.chat.encode(prompts, place, mask=False, prompt=True) if self.completion_only else labelled
+        for (number, *_), (ids, labels), (prompt_ids, _) in zip(rows, labelled, before, strict=True):
+            yield number, np.where(self._labels(ids, prompt_ids) == IGNORED, IGNORED, labels)
 
     def _labels(self, ids: Any, prompt: Any) -> Integers:
         labels = np.array(ids, np.int64)

@@ -251,11 +251,10 @@ def _check_prompt(reading: Reading, prompt: Prompt, contents: Mapping[str, Conte
 
 
 def _nothing_to_count(contents: Mapping[str, Content], name: str, kind: str | None, column: str | None) -> str:
+    if column is not None and kind == COMPLETIONS:
+        return f"--kind is {kind}, and nothing says what comes before `{column}`; --prompt says it"
     if column is not None:
         content = contents[column]
-        hint = "; --prompt says what comes before a completion" if kind == COMPLETIONS else ""
-        if hint:
-            return f"--kind is {kind}, and nothing says what comes before `{column}`{hint}"
         return (
             f"{content.place}: column {column!r} holds {content.holds}; accepted are strings, lists of integers and "
             "messages"

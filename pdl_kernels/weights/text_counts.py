@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pdl_kernels.data.batches import Batch, Batches, Place, RowName, check_batch_size, row_blocks
-from pdl_kernels.data.chats import ChatTemplate, says_something
+from pdl_kernels.data.chats import IGNORED, ChatTemplate, says_something
 from pdl_kernels.data.completions import Completions, is_empty_pair
 from pdl_kernels.data.labels import describe_label_settings, id_array
 from pdl_kernels.data.sequences import Fit, Numbered, parts
@@ -98,8 +98,9 @@ class TextCounts(Tally):
             ]
 
         counts._count_rows(
-            texts, labels, fit, shift, None, _is_none if skip_empty else None, "text", checkpoint, batch_size, progress
-        )
+            texts, labels, fit=fit, shift=shift, ignore_index=None, is_empty=_is_none if skip_empty else None,
+            unit="text", checkpoint=checkpoint, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
         return counts
 
     @classmethod
@@ -163,10 +164,10 @@ class TextCounts(Tally):
             f"{', of the assistant alone' if assistant_only_loss else ''}{', EOS appended' if append_eos else ''}"
             f"{fit.describe()}{_describe_template(tokenizer, chat_template, roles)}"
         )
-        is_empty = is_empty_pair if skip_empty else None
         counts._count_rows(
-            rows, completions.labels, fit, True, -100, is_empty, "completion", checkpoint, batch_size, progress
-        )
+            rows, completions.labels, fit=fit, is_empty=is_empty_pair if skip_empty else None,
+            unit="completion", checkpoint=checkpoint, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
         return counts
 
     @classmethod
@@ -230,7 +231,7 @@ class TextCounts(Tally):
             chats = [
                 (number, chat.read(row, _messages(row), "messages", RowName(place, number))) for number, row in numbered
             ]
-            return chat.labels(chats, place)
+            return [targets for _, targets in chat.labels(chats, place)]
 
         def is_empty(row: Any) -> bool:
             messages = _messages(row)
@@ -239,8 +240,9 @@ class TextCounts(Tally):
             return assistant_only_loss and not says_something(messages, roles)
 
         counts._count_rows(
-            rows, labels, fit, True, -100, is_empty if skip_empty else None, "chat", checkpoint, batch_size, progress
-        )
+            rows, labels, fit=fit, is_empty=is_empty if skip_empty else None,
+            unit="chat", checkpoint=checkpoint, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
         return counts
 
     @classmethod
@@ -257,16 +259,17 @@ class TextCounts(Tally):
         self,
         rows: Iterable[Any],
         make_labels: Callable[[Numbered, Place], list[Any]],
+        *,
         fit: Fit,
-        shift: bool,
-        ignore_index: int | None,
+        shift: bool = True,
+        ignore_index: int | None = IGNORED,
         is_empty: Callable[[Any], bool] | None,
         unit: str,
         checkpoint: str | os.PathLike[str] | None,
         batch_size: int,
         progress: bool,
     ) -> None:
-        """Count what `make_labels` makes of the rows that are not empty."""
+        """Count what `make_labels` makes of the rows that are not empty; None: none is taken for empty."""
         check_batch_size(batch_size)
         self._resume(checkpoint)
         place: Place = getattr(rows, "place", None) or (lambda row: f"{unit} {row}")

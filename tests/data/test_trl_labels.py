@@ -19,16 +19,14 @@ from helpers.trl_training import (
     both_families,
     counted,
     each_fit,
+    known_warnings,
     trl,
     user,
 )
 
 from pdl_kernels import TokenCounts
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
-]
+pytestmark = known_warnings
 
 
 @both_assistant

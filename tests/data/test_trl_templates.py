@@ -15,16 +15,14 @@ from helpers.trl_training import (
     assistant,
     both_assistant,
     counted,
+    known_warnings,
     template,
     user,
 )
 
 from pdl_kernels import TokenCounts
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
-]
+pytestmark = known_warnings
 
 
 # Templates that TRL marks itself: the model's own and TRL's. LLaVA-NeXT's takes no texts as contents.

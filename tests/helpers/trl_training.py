@@ -12,6 +12,10 @@ datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 datasets.disable_progress_bars()
 
+known_warnings = [
+    pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 SIZE = 20
 FITS = {
