@@ -262,3 +262,14 @@ def test_resume_is_refused():
     done = CliRunner().invoke(app, arguments, input=content, env={"COLUMNS": "400"})
     assert done.exit_code == 0, done.output
     assert as_dict(TokenCounts.load("c.safetensors")) == EXPECTED["labels"]
+
+
+def test_it_is_read_once(monkeypatch):
+    class Pipe:
+        buffer = io.BytesIO(b"the cat\n" * 5000)
+
+    monkeypatch.setattr(sys, "stdin", Pipe)
+    rows = open_corpus(["-"], form=".txt").rows
+    assert len(list(rows)) == 5000
+    with pytest.raises(ValueError, match="standard input was read before, and comes once"):
+        list(rows)
