@@ -112,9 +112,8 @@ def readings(contents: Mapping[str, Content]) -> list[Reading]:
             found.append(Reading(COMPLETIONS, column, Prompt(prompt, optional, lines=prompt != ("prompt",))))
     if holds.get("text") in (STRINGS, NULL):
         found.append(Reading(TEXTS, "text"))
-    labels = (
-        "labels" if "labels" in holds else "input_ids"
-    )  # labels that cannot be read are no reason to take the inputs
+    # Labels that cannot be read are no reason to take the inputs.
+    labels = "labels" if "labels" in holds else "input_ids"
     if holds.get(labels) in (IDS, EMPTY, *([NULL] if labels == "labels" else [])):
         found.append(Reading(LABELS, labels))
     return found or [_plain(column, content) for column, content in holds.items() if _only_one(holds)]
