@@ -1,0 +1,299 @@
+"""What watches over a training run: that PDL trains the model, what it does, and what a checkpoint has to hold."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pdl_kernels.integrations.training_loss import WEIGHTS_FILE, Record, TrainingLoss
+from pdl_kernels.integrations.transformers.hooks import ComputeLoss, LossFunction
+from pdl_kernels.integrations.transformers.linear import LinearLoss
+from pdl_kernels.weights.counts import TokenCounts
+from pdl_kernels.weights.saved import load_weights, save_weights
+from pdl_kernels.weights.schedule import WeightSchedule
+from pdl_kernels.weights.weighting import Weighting
+
+COUNTS_FILE = "pdl_counts.safetensors"
+FIRST_STEPS = 3  # each of them is checked
+CHECK_EVERY = 5  # steps, from then on
+MANY_NEVER_COUNTED = 0.1  # share of the targets: a rule of thumb, not the result of a measurement
+
+
+class PDLCallback(TrainerCallback):
+    """Checks that PDL trains the model, logs what it does, applies a schedule, and keeps weights with the checkpoints.
+
+    `Trainer(..., callbacks=[PDLCallback(loss)])`, or, for TensorBoard, Weights & Biases and other reporters to get its
+    numbers, too, `PDLCallback(loss).attach(trainer)`: a callback in the list comes after them.
+
+    * After each of the first three steps and every fifth one it raises `RuntimeError` where the loss was not called, was
+      computed and dropped, lost token weights on the way, or has other weights than it was given.
+    * It logs, with the Trainer's "loss" and over the same steps and all processes: "nll" (unweighted, in nats per
+      target) and "perplexity", "accuracy", "mean_weight" of a target, and "effective_sample_share",
+      (sum w)^2 / (n sum w^2): what share of the targets would carry as much information if all weighed the same.
+    * It writes pdl_weights.safetensors, with the recipe, and pdl_counts.safetensors into every checkpoint. Training
+      that is resumed with other weights is an error.
+
+    Args:
+        loss: what `pdl_loss_function`, `pdl_compute_loss` or `use_pdl_linear_loss` returned, or `trainer.pdl_loss`.
+        counts: of the training targets, to be kept with the checkpoints and held against what is trained on.
+        weighting: the recipe of the weights; None: the one in their file.
+        schedule: weights that grow during training. The loss starts from `schedule.weights_at(0)`.
+
+    Raises:
+        ValueError: when training starts, arguments of the Trainer that would take the loss's place, weights that do not
+            fit the model or the counts, another schedule than the loss's weights, a checkpoint with other weights.
+    """
+
+    def __init__(
+        self,
+        loss: TrainingLoss,
+        *,
+        counts: TokenCounts | None = None,
+        weighting: Weighting | None = None,
+        schedule: WeightSchedule | None = None,
+    ) -> None:
+        if not isinstance(loss, TrainingLoss):
+            raise TypeError(
+                f"loss is a {type(loss).__name__}; accepted is what pdl_loss_function, pdl_compute_loss or "
+                "use_pdl_linear_loss returned"
+            )
+        self.loss = loss
+        self.counts = counts
+        self.weighting = weighting
+        if weighting is None and loss.saved is not None:
+            self.weighting = loss.saved.weighting
+        self.schedule = schedule
+        if schedule is not None and (loss.table is None or schedule.table.shape != loss.table.shape):
+            raise ValueError("schedule is given for a loss with other weights; accepted is one of the loss's own table")
+        # The table of the end, which checkpoints keep.
+        final = loss.table if schedule is None else schedule.table
+        self.table = None if final is None else final.detach().float().cpu().clone()
+        if counts is not None and self.table is not None and counts.vocab_size > len(self.table):
+            raise ValueError(f"counts are of {counts.vocab_size} classes and the weights of {len(self.table)}")
+        self._first_step = 0
+        self._checked = (0.0, 0, 0)  # calls, forwards and backwards at the last check
+        self._warned = False
+        self._attached = False
+
+    def attach(self, trainer: Trainer) -> PDLCallback:
+        """Join the callbacks of this Trainer in front of those that report its logs; returns self."""
+        trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(1, callbacks.pop())  # the first one decides whether a step is logged
+        self._attached = True
+        return self
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Before the first step
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, tokenizer = kwargs.get("model"), kwargs.get("processing_class")
+        self._check_arguments(args, model)
+        self._check_tokenizer(tokenizer)
+        reporters = [name for name in args.report_to or () if name != "none"]
+        if reporters and not self._attached:
+            warnings.warn(
+                f"{', '.join(reporters)} report before this callback and miss its numbers: leave it out of "
+                "callbacks=[...] and call PDLCallback(...).attach(trainer)",
+                stacklevel=2,
+            )
+        if state.global_step > 0:
+            self._check_checkpoint(args, state.global_step)
+        self._first_step = state.global_step
+        self._apply_schedule(state.global_step)
+        seen = None
+        if self.counts is not None and self.table is not None:
+            seen = torch.zeros(len(self.table), dtype=torch.bool)
+            seen[: self.counts.vocab_size] = self.counts.counts > 0
+        self.loss.keep_record(seen)
+        self._checked = (0.0, self.loss.forwards, self.loss.backwards)
+
+    def _check_arguments(self, args: TrainingArguments, model: Any) -> None:
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor} in the training arguments, where it has the "
+                "Trainer smooth labels in a loss of its own, or is ignored; accepted is 0: give label_smoothing to "
+                f"the PDL loss ({type(self.loss).__name__}) instead"
+            )
+        if args.n_gpu > 1 and isinstance(self.loss, LinearLoss):
+            raise ValueError(
+                "several GPUs are visible to one process, and the Trainer would use nn.DataParallel, which "
+                "use_pdl_linear_loss cannot; accepted is one process per GPU (torchrun, accelerate launch)"
+            )
+        config = getattr(model, "config", None)
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        if encoder_decoder and isinstance(self.loss, LossFunction) and not self.loss.encoder_decoder:
+            raise ValueError(
+                "the model is an encoder-decoder, and the loss shifts labels as for a causal model; accepted are "
+                "use_pdl_linear_loss, pdl_compute_loss, and pdl_loss_function(..., encoder_decoder=True) for models "
+                "that call it"
+            )
+        width = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+        if self.table is not None and isinstance(width, int) and width != len(self.table):
+            raise ValueError(
+                f"weights have shape {tuple(self.table.shape)} and the model has {width} classes; accepted are as many "
+                "weights as the output layer has rows, which may be more than the tokenizer has entries"
+            )
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        if self.table is None or tokenizer is None or not hasattr(tokenizer, "__len__"):
+            return
+        if len(tokenizer) > len(self.table):
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} entries and there are {len(self.table)} weights; accepted are "
+                "weights made from counts of this tokenizer's ids"
+            )
+        facts = {} if self.loss.saved is None else self.loss.saved.facts
+        counted = facts.get("tokenizer") if self.counts is None else self.counts.tokenizer
+        name = getattr(tokenizer, "name_or_path", None)
+        if counted and name and Path(counted).name != Path(name).name:
+            warnings.warn(
+                f"the counts are of the tokenizer {counted!r}, and training uses {name!r}: weights of other ids are "
+                "weights of other words",
+                stacklevel=2,
+            )
+
+    def _check_checkpoint(self, args: TrainingArguments, step: int) -> None:
+        given = args.resume_from_checkpoint
+        folders = [Path(given)] if isinstance(given, str) else []
+        folders.append(Path(args.output_dir) / f"checkpoint-{step}")
+        found = next((folder for folder in folders if (folder / WEIGHTS_FILE).is_file()), None)
+        if found is None:
+            if self.table is not None:
+                warnings.warn(
+                    f"training goes on at step {step}, and there is no {WEIGHTS_FILE} in {folders[0]}: whether it "
+                    "began with these weights cannot be told",
+                    stacklevel=2,
+                )
+            return
+        saved = load_weights(found / WEIGHTS_FILE).table
+        if self.table is None or not torch.equal(saved, self.table):
+            raise ValueError(
+                f"training goes on at step {step} with other weights than {found} holds; accepted are the same: pass "
+                f"that folder as weights, {str(found)!r}, or start anew"
+            )
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._apply_schedule(state.global_step)
+
+    def _apply_schedule(self, step: int) -> None:
+        if self.schedule is not None:
+            self.loss.set_weights(self.schedule.weights_at(step))
+
+    def _expected(self, step: int) -> Tensor | None:
+        """The weights of this step."""
+        return self.table if self.schedule is None else self.schedule.weights_at(step).cpu()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = state.global_step - self._first_step  # that this process has trained
+        if steps > FIRST_STEPS and steps % CHECK_EVERY:
+            return
+        record = self.loss.read_record()
+        calls, forwards, backwards = self._checked
+        self._checked = (record.calls, self.loss.forwards, self.loss.backwards)
+        if record.calls == calls:
+            raise RuntimeError(f"PDL did not train the model in step {state.global_step}: {self._why(kwargs)}")
+        if self.loss.forwards > forwards and self.loss.backwards == backwards:
+            raise RuntimeError(
+                f"PDL was computed in step {state.global_step}, and its gradient never came back: another loss trains "
+                "the model; look for an overridden compute_loss or training_step"
+            )
+        if not self.loss.uses(self._expected(state.global_step - 1)):
+            raise RuntimeError(
+                f"the loss had other weights in step {state.global_step} than it was given: something called "
+                "set_weights, or wrote to its table"
+            )
+        collator = getattr(kwargs.get("train_dataloader"), "collate_fn", None)
+        collator = getattr(collator, "data_collator", collator)  # the Trainer wraps it to drop columns
+        if getattr(collator, "makes_token_weights", False) and record.with_token_weights < record.calls:
+            raise RuntimeError(
+                "the batches have token weights that did not reach the loss; accepted are pdl_loss_function and "
+                "use_pdl_linear_loss, whose models pass them on: compute_loss_func gets labels alone"
+            )
+        self._warn_of_targets_never_counted(record)
+
+    def _why(self, events: dict[str, Any]) -> str:
+        """Why the loss may not have been called."""
+        model = events.get("model")
+        if isinstance(self.loss, ComputeLoss):
+            return "it is not the Trainer's compute_loss_func, or a subclass overrides compute_loss"
+        if isinstance(self.loss, LinearLoss):
+            return (
+                ".undo() was called, the model's forward or output layer was replaced, or labels do not reach the model "
+                "(compute_loss_func keeps them; TRL's trainers score tokens in a head of their own)"
+            )
+        if isinstance(self.loss, LossFunction) and getattr(model, "loss_function", self.loss) is not self.loss:
+            return "model.loss_function is another one by now"
+        return (
+            "the model does not call its loss_function: T5, BART and their kind compute their loss themselves "
+            "(use_pdl_linear_loss, pdl_compute_loss), TRL's trainers score tokens in a head of their own "
+            "(pdl_kernels.integrations.trl), and compute_loss_func keeps labels from the model"
+        )
+
+    def _warn_of_targets_never_counted(self, record: Record) -> None:
+        if record.targets and record.never_counted > MANY_NEVER_COUNTED * record.targets and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{record.never_counted / record.targets:.0%} of the targets are of types that the counts do not hold: "
+                "they are counts of another tokenizer, other data, or other masking",
+                stacklevel=2,
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        numbers = statistics(self.loss.take_record())
+        self._checked = (0.0, *self._checked[1:])
+        logs.update(numbers)
+        state.log_history[-1].update(numbers)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not folder.is_dir():  # of a hyperparameter search
+            return
+        if self.table is not None:
+            save_weights(folder / WEIGHTS_FILE, self.table, self.weighting, self.counts)
+        if self.counts is not None:
+            self.counts.save(folder / COUNTS_FILE)
+
+
+def statistics(record: Record) -> dict[str, float]:
+    """What is logged of a record; {} of one without targets."""
+    n = record.targets
+    if n == 0:
+        return {}
+    nll = record.nll / n
+    return {
+        "nll": nll,
+        "perplexity": math.exp(nll) if nll < 700 else math.inf,
+        "accuracy": record.correct / n,
+        "mean_weight": record.factors / n,
+        "effective_sample_share": record.factors**2 / (n * record.squared_factors) if record.squared_factors else 0.0,
+    }
