@@ -197,9 +197,7 @@ class PDLCallback(TrainerCallback):
         """The weights of this step."""
         return self.table if self.schedule is None else self.schedule.weights_at(step).cpu()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps = state.global_step - self._first_step  # that this process has trained
         if steps > FIRST_STEPS and steps % CHECK_EVERY:
             return

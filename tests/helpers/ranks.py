@@ -1,0 +1,50 @@
+"""Several gloo processes on a CPU, started as torchrun starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def run_ranks(number, script, *arguments, timeout=240):
+    """Run a Python file in `number` processes and wait for them; an error shows what the ranks said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *map(str, arguments)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(number)
+    ]
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        said = [process.communicate()[0] for process in processes]
+        raise AssertionError(
+            "\n".join(f"rank {rank} hung:\n{text[-3000:]}" for rank, text in enumerate(said))
+        ) from None
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * number, "\n".join(f"rank {rank}:\n{text[-3000:]}" for rank, text in enumerate(said))
+    return said
