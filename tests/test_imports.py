@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "distributed": set(),
     "data": {"errors"},
     "weights": {"data", "distributed"},
-    "integrations": {"weights"},
+    "integrations": {"data", "losses", "options", "weights"},
     # A programme around the package, which looks inside: it compares the kernels with a composition of its own.
     "doctor": {"", "backends", "errors", "kernels"},
     "cli": {"", "errors", "weights", "data", "doctor"},

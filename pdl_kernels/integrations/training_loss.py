@@ -120,6 +120,17 @@ class TrainingLoss:
         return all(torch.equal(table.cpu(), expected) for table in (self.table, *self._copies.values()))
 
     # -----------------------------------------------------------------------------------------------------------------
+    # What PDLCallback asks
+
+    def problem_of(self, arguments: Any, model: Any) -> str | None:
+        """What in the training arguments or the model would keep this loss from being right, or None."""
+        return None
+
+    def why_not_called(self, model: Any) -> str:
+        """Why a step may have passed without a call."""
+        return "it is not the loss of this training"
+
+    # -----------------------------------------------------------------------------------------------------------------
     # The loss
 
     def targets(
@@ -159,7 +170,7 @@ class TrainingLoss:
         token_weights: Tensor | None = None,  # (...), shifted
         count: Tensor | float | None = None,
     ) -> Tensor:
-        """The loss of these logits, 0-d; `count` is the number of targets of the whole step, None: that of this call."""
+        """The loss of these logits, 0-d. `count` is the number of targets of the whole step, None for this call's."""
         options = {name: value for name, value in self.options.items() if name in CrossEntropyKeywords.__annotations__}
         return self._loss(pdl_cross_entropy, (logits,), targets, token_weights, count, options)
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pdl_kernels.integrations.training_loss import WEIGHTS_FILE, Record, TrainingLoss
-from pdl_kernels.integrations.transformers.hooks import ComputeLoss, LossFunction
-from pdl_kernels.integrations.transformers.linear import LinearLoss
 from pdl_kernels.weights.counts import TokenCounts
 from pdl_kernels.weights.saved import load_weights, save_weights
 from pdl_kernels.weights.schedule import WeightSchedule
@@ -31,8 +29,8 @@ class PDLCallback(TrainerCallback):
     `Trainer(..., callbacks=[PDLCallback(loss)])`, or, for TensorBoard, Weights & Biases and other reporters to get its
     numbers, too, `PDLCallback(loss).attach(trainer)`: a callback in the list comes after them.
 
-    * After each of the first three steps and every fifth one it raises `RuntimeError` where the loss was not called, was
-      computed and dropped, lost token weights on the way, or has other weights than it was given.
+    * After each of the first three steps and every fifth one it raises `RuntimeError` where the loss was not called,
+      was computed and dropped, lost token weights on the way, or has other weights than it was given.
     * It logs, with the Trainer's "loss" and over the same steps and all processes: "nll" (unweighted, in nats per
       target) and "perplexity", "accuracy", "mean_weight" of a target, and "effective_sample_share",
       (sum w)^2 / (n sum w^2): what share of the targets would carry as much information if all weighed the same.
@@ -123,19 +121,10 @@ class PDLCallback(TrainerCallback):
                 "Trainer smooth labels in a loss of its own, or is ignored; accepted is 0: give label_smoothing to "
                 f"the PDL loss ({type(self.loss).__name__}) instead"
             )
-        if args.n_gpu > 1 and isinstance(self.loss, LinearLoss):
-            raise ValueError(
-                "several GPUs are visible to one process, and the Trainer would use nn.DataParallel, which "
-                "use_pdl_linear_loss cannot; accepted is one process per GPU (torchrun, accelerate launch)"
-            )
+        problem = self.loss.problem_of(args, model)
+        if problem is not None:
+            raise ValueError(problem)
         config = getattr(model, "config", None)
-        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-        if encoder_decoder and isinstance(self.loss, LossFunction) and not self.loss.encoder_decoder:
-            raise ValueError(
-                "the model is an encoder-decoder, and the loss shifts labels as for a causal model; accepted are "
-                "use_pdl_linear_loss, pdl_compute_loss, and pdl_loss_function(..., encoder_decoder=True) for models "
-                "that call it"
-            )
         width = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
         if self.table is not None and isinstance(width, int) and width != len(self.table):
             raise ValueError(
@@ -205,7 +194,8 @@ class PDLCallback(TrainerCallback):
         calls, forwards, backwards = self._checked
         self._checked = (record.calls, self.loss.forwards, self.loss.backwards)
         if record.calls == calls:
-            raise RuntimeError(f"PDL did not train the model in step {state.global_step}: {self._why(kwargs)}")
+            why = self.loss.why_not_called(kwargs.get("model"))
+            raise RuntimeError(f"PDL did not train the model in step {state.global_step}: {why}")
         if self.loss.forwards > forwards and self.loss.backwards == backwards:
             raise RuntimeError(
                 f"PDL was computed in step {state.global_step}, and its gradient never came back: another loss trains "
@@ -224,24 +214,6 @@ class PDLCallback(TrainerCallback):
                 "use_pdl_linear_loss, whose models pass them on: compute_loss_func gets labels alone"
             )
         self._warn_of_targets_never_counted(record)
-
-    def _why(self, events: dict[str, Any]) -> str:
-        """Why the loss may not have been called."""
-        model = events.get("model")
-        if isinstance(self.loss, ComputeLoss):
-            return "it is not the Trainer's compute_loss_func, or a subclass overrides compute_loss"
-        if isinstance(self.loss, LinearLoss):
-            return (
-                ".undo() was called, the model's forward or output layer was replaced, or labels do not reach the model "
-                "(compute_loss_func keeps them; TRL's trainers score tokens in a head of their own)"
-            )
-        if isinstance(self.loss, LossFunction) and getattr(model, "loss_function", self.loss) is not self.loss:
-            return "model.loss_function is another one by now"
-        return (
-            "the model does not call its loss_function: T5, BART and their kind compute their loss themselves "
-            "(use_pdl_linear_loss, pdl_compute_loss), TRL's trainers score tokens in a head of their own "
-            "(pdl_kernels.integrations.trl), and compute_loss_func keeps labels from the model"
-        )
 
     def _warn_of_targets_never_counted(self, record: Record) -> None:
         if record.targets and record.never_counted > MANY_NEVER_COUNTED * record.targets and not self._warned:

@@ -46,6 +46,24 @@ class LossFunction(TrainingLoss):
             )
         return self.of_logits(logits, targets, factors, num_items_in_batch)
 
+    def problem_of(self, arguments: Any, model: Any) -> str | None:
+        if self.encoder_decoder or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return None
+        return (
+            "the model is an encoder-decoder, and the loss shifts labels as for a causal model; accepted are "
+            "use_pdl_linear_loss, pdl_compute_loss, and pdl_loss_function(..., encoder_decoder=True) for models that "
+            "call it"
+        )
+
+    def why_not_called(self, model: Any) -> str:
+        if getattr(model, "loss_function", self) is not self:
+            return "model.loss_function is another one by now"
+        return (
+            "the model does not call its loss_function: T5, BART and their kind compute their loss themselves "
+            "(use_pdl_linear_loss and pdl_compute_loss are for them), TRL's trainers score tokens in a head of their "
+            "own (pdl_kernels.integrations.trl), and compute_loss_func keeps labels from the model"
+        )
+
 
 class ComputeLoss(TrainingLoss):
     """What `pdl_compute_loss` makes; `Trainer(compute_loss_func=...)` takes it."""
@@ -71,6 +89,9 @@ class ComputeLoss(TrainingLoss):
         targets, _ = self.targets(labels, None, None, None, shift=not encoder_decoder)
         return self.of_logits(logits, targets, None, num_items_in_batch)
 
+    def why_not_called(self, model: Any) -> str:
+        return "it is not the Trainer's compute_loss_func, or a subclass overrides compute_loss"
+
 
 def pdl_loss_function(
     weights: Tensor | str | os.PathLike[str] | None,
@@ -79,7 +100,7 @@ def pdl_loss_function(
     weighted_evaluation: bool = False,
     **options: Any,
 ) -> LossFunction:
-    """PDL for `model.loss_function = pdl_loss_function(weights)`: for Llama, Qwen, Gemma, Mistral, GPT-2 and their kind.
+    """PDL for `model.loss_function = pdl_loss_function(weights)`: Llama, Qwen, Gemma, Mistral, GPT-2 and their kind.
 
         L = sum_i w(y_i) u_i ce_i / n
 

@@ -60,7 +60,7 @@ class LinearLoss(TrainingLoss):
         self.transform = self._find_transform()
         _replace_forward(model, self._of_model)
         _replace_forward(self.head, self._of_head)
-        model.pdl_linear_loss = self  # type: ignore[assignment]
+        model.pdl_linear_loss = self
 
     def undo(self) -> PreTrainedModel:
         """Put the model back as it was; returns it."""
@@ -72,6 +72,21 @@ class LinearLoss(TrainingLoss):
                 module.forward = forward
         del self.model.pdl_linear_loss
         return self.model
+
+    def problem_of(self, arguments: Any, model: Any) -> str | None:
+        if arguments.n_gpu <= 1:
+            return None
+        return (
+            "several GPUs are visible to one process, and the Trainer would use nn.DataParallel, whose replicas would "
+            "all run the first one's layers; accepted is one process per GPU (torchrun, accelerate launch)"
+        )
+
+    def why_not_called(self, model: Any) -> str:
+        return (
+            ".undo() was called, the model's forward or output layer was replaced, or labels do not reach the model: "
+            "compute_loss_func keeps them, and TRL's trainers score tokens in a head of their own "
+            "(pdl_kernels.integrations.trl)"
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # One call of the model
@@ -192,7 +207,7 @@ class LinearLoss(TrainingLoss):
             logits = model(**inputs, return_dict=True).logits[0, -1].float()  # (V,)
         bias = getattr(model, "final_logits_bias", None)  # (1, V) of BART and its kind
         for transform in self._candidates(has_bias=bias is not None):
-            expected = transform(products.float(), bias[0].float() if transform.bias else None)
+            expected = transform(products.float(), None if bias is None else bias[0].float())
             # bfloat16 products are rounded once more on their way: 2**-6 of the largest.
             if (logits - expected).abs().max() <= 2**-6 * expected.abs().max():
                 return transform
@@ -220,8 +235,8 @@ def _output_layer(model: PreTrainedModel) -> nn.Linear:
     """The output layer, where the loss can take its place. ValueError that names what it is otherwise."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model is a {_name(model)}; accepted is a PreTrainedModel: call use_pdl_linear_loss before get_peft_model, "
-            "DistributedDataParallel and the like"
+            f"model is a {_name(model)}; accepted is a PreTrainedModel: call use_pdl_linear_loss before "
+            "get_peft_model, DistributedDataParallel and the like"
         )
     if getattr(model, "pdl_linear_loss", None) is not None:
         raise ValueError("model trains without logits already; accepted is one after .undo()")
@@ -255,7 +270,7 @@ def _replace_forward(module: nn.Module, forward: Any) -> None:
     def replaced(self: nn.Module, *arguments: Any, **named: Any) -> Any:
         return forward(self, *arguments, **named)
 
-    module.forward = types.MethodType(replaced, module)  # type: ignore[method-assign]
+    module.forward = types.MethodType(replaced, module)
 
 
 @contextmanager
