@@ -1,0 +1,213 @@
+"""One of several processes that train together: with transformers.Trainer, or with a model that FSDP shards.
+
+    trainer_ranks.py trainer FOLDER | fsdp
+
+Every process holds what it finds against one process with the whole batch, and fails where they differ.
+"""
+
+import itertools
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers.trainer_models import (
+    big_batch_gradients,
+    collate,
+    make_model,
+    make_rows,
+    make_weights,
+    next_labels,
+    relative_error,
+    transformers,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from pdl_kernels.integrations.transformers import PDLCallback, pdl_compute_loss, pdl_loss_function, use_pdl_linear_loss
+
+W = make_weights()
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def by_loss_function(model):
+    model.loss_function = pdl_loss_function(W)
+    return model.loss_function, {}
+
+
+def by_compute_loss(model):
+    loss = pdl_compute_loss(W)
+    return loss, {"compute_loss_func": loss}
+
+
+def by_linear_loss(model):
+    return use_pdl_linear_loss(model, W), {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers.Trainer
+
+
+class Watch(transformers.TrainerCallback):
+    """Keeps the gradients of every optimizer step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.gradients.append(found)
+
+
+def train(folder, route, rows, pieces, name="llama", **settings):
+    """One epoch in which nothing moves; (gradients of each step, logs of each step, loss of an evaluation)."""
+    model = make_model(name)
+    loss, more = route(model)
+    watch = Watch()
+    arguments = transformers.TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_steps=1,
+        num_train_epochs=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        optim="sgd",
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=pieces,
+        **settings,
+    )
+    assert arguments.world_size == WORLD
+    trainer = transformers.Trainer(
+        model, arguments, collate, rows, rows, callbacks=[watch, PDLCallback(loss)], **more
+    )  # fmt: skip
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == len(watch.gradients)
+    return watch.gradients, logs, trainer.evaluate()["eval_loss"]
+
+
+def statistics_of(rows, model):
+    """What one process logs of these rows."""
+    batch = collate(rows)
+    targets = next_labels(batch["labels"])
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits, targets = logits[targets != -100].double(), targets[targets != -100]
+    w = W[targets].double()
+    return {
+        "loss": F.cross_entropy(logits, targets, weight=W.double(), reduction="sum") / len(targets),
+        "nll": F.cross_entropy(logits, targets),
+        "accuracy": (logits.argmax(-1) == targets).double().mean(),
+        "mean_weight": w.mean(),
+        "effective_sample_share": w.sum().square() / (len(w) * w.square().sum()),
+    }
+
+
+def assert_is_one_process(found, rows, windows):
+    """Gradients and logs of each step are those of its window of rows, the evaluation that of the stock model."""
+    gradients, logs, evaluation = found
+    assert len(gradients) == len(logs) == len(windows), (len(gradients), len(logs), len(windows))
+    for number, (gradient, log, window) in enumerate(zip(gradients, logs, windows, strict=True)):
+        error = relative_error(gradient, big_batch_gradients(make_model("llama"), window, W))
+        print(f"  step {number}: relative error of the gradient {error:.1e}")
+        assert error < 1e-5, error
+        for what, expected in statistics_of(window, make_model("llama")).items():
+            assert abs(log[what] - expected) < 1e-4 * max(abs(expected), 0.01), (what, log[what], expected)
+    arguments = transformers.TrainingArguments(
+        "unused", use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=1
+    )
+    stock = transformers.Trainer(make_model("llama"), arguments, collate, eval_dataset=rows).evaluate()["eval_loss"]
+    assert abs(evaluation / stock - 1) < 1e-6, (evaluation, stock)
+
+
+def with_unequal_targets(folder, route):
+    """Three micro-batches a step, and fewer in the last one."""
+    rows = make_rows(5 * WORLD)
+    windows = [rows[: 3 * WORLD], rows[3 * WORLD :]]
+    targets = [sum(label != -100 for label in row["labels"][1:]) for row in rows]
+    for window in (targets[: 3 * WORLD], targets[3 * WORLD :]):
+        assert len({sum(window[rank::WORLD]) for rank in range(WORLD)}) > 1, "processes have as many targets"
+    assert_is_one_process(train(folder, route, rows, 3), rows, windows)
+
+
+def with_a_rank_without_targets(folder, route):
+    """The last process never has a target. DDP does not look for unused parameters: each needs a gradient."""
+    rows = make_rows(4 * WORLD)
+    for row in rows[WORLD - 1 :: WORLD]:
+        row["labels"] = [-100] * len(row["labels"])
+    windows = [rows[: 2 * WORLD], rows[2 * WORLD :]]
+    assert_is_one_process(train(folder, route, rows, 2, ddp_find_unused_parameters=False), rows, windows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients_of_shards(name, route, own_output_layer, targets_here):
+    """Two steps of a model whose layers, and whose output layer if `own_output_layer`, are sharded by themselves."""
+    model = make_model(name)
+    route(model)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if own_output_layer:
+        fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    rows = make_rows(4 * WORLD)
+    mine = rows[RANK::WORLD]
+    if not targets_here and RANK == WORLD - 1:
+        for row in mine:
+            row["labels"] = [-100] * len(row["labels"])
+    batch = collate(mine)
+    count = next_labels(batch["labels"]).ne(-100).sum()
+    dist.all_reduce(count)
+    found = []
+    for _ in range(2):
+        loss = model(**batch, num_items_in_batch=count).loss
+        (loss * WORLD).backward()
+        found.append({name: whole(p.grad).clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+    with torch.no_grad():
+        assert model(**batch).logits.shape[:-1] == batch["labels"].shape
+    return found, rows
+
+
+def with_shards(route, own_output_layer, targets_here, name="llama"):
+    found, rows = gradients_of_shards(name, route, own_output_layer, targets_here)
+    if not targets_here:
+        for row in rows[WORLD - 1 :: WORLD]:
+            row["labels"] = [-100] * len(row["labels"])
+    expected = big_batch_gradients(make_model(name), rows, W)
+    for number, gradients in enumerate(found):
+        error = relative_error(gradients, expected)
+        print(f"  step {number}: relative error of the gradient {error:.1e}")
+        assert error < 1e-5, error
+
+
+if __name__ == "__main__":
+    kind, *folder = sys.argv[1:]
+    if kind == "trainer":
+        for route in (by_loss_function, by_compute_loss, by_linear_loss):
+            print(route.__name__)
+            with_unequal_targets(folder[0], route)
+            with_a_rank_without_targets(folder[0], route)
+    else:
+        dist.init_process_group("gloo")
+        for route, own_output_layer, targets_here in itertools.product(
+            (by_loss_function, by_linear_loss), (False, True), (True, False)
+        ):
+            print(f"{route.__name__}, own output layer {own_output_layer}, targets {targets_here}")
+            with_shards(route, own_output_layer, targets_here)
+        dist.destroy_process_group()
