@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test test-compiled weights bench rehearsal roofline lint test-oldest test-triton-3.6 clean
+.PHONY: help demo test test-compiled test-trainers test-trainers-newest weights bench rehearsal roofline lint
+.PHONY: test-oldest test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes);"
 	@echo "                      OPTIONS='--loss linear' trains with the loss fused with the output layer"
 	@echo "make test             run the tests, with or without a GPU"
 	@echo "make test-compiled    execute the compiled kernels without a GPU (Python >= 3.12, in a second environment)"
+	@echo "make test-trainers    run the tests of the training frameworks, with pinned versions, in environments of their own"
+	@echo "make test-trainers-newest  the same with the newest versions of everything but torchtitan"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
@@ -39,6 +42,13 @@ test-compiled:
 	scripts/setup.sh test races
 	scripts/test_compiled.sh
 
+test-trainers:
+	scripts/test_trainers.sh pinned
+	scripts/test_torchtitan.sh
+
+test-trainers-newest:
+	scripts/test_trainers.sh newest
+
 bench:
 	scripts/setup.sh test benchmark
 	$(VENV)/bin/python -m benchmarks --quick
@@ -64,4 +74,4 @@ test-triton-3.6:
 	scripts/compile_with_old_triton.sh 3.6.0
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-compiled .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .venv-oldest .venv-compiled .venv-trainers* .venv-torchtitan .venv-triton-* .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

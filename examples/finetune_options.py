@@ -9,7 +9,7 @@ from typing import Any
 
 from docstring_options import OneLineParser, non_negative_number, positive_integer, positive_number, seed_number
 
-QUICK = {"steps": 24, "batch_size": 4, "max_length": 96, "layers": 2, "learning_rate": 5e-4, "held_out": 64}
+QUICK = {"steps": 20, "batch_size": 4, "max_length": 96, "layers": 2, "learning_rate": 5e-4, "held_out": 40}
 
 
 def layers_number(text: str) -> int:

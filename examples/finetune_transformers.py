@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from causal_models import held_out_scores, load_model, load_tokenizer, model_location
 from docstring_options import UserError, choose_device, positive_integer, prepare_output, require_modules
-from docstring_report import print_tables, save_json, save_plot
+from docstring_report import Scores, print_tables, save_json, save_plot
 from finetune_docstrings import CROSS_ENTROPY, PDL, UNTOUCHED, Stopwatch, environment, peak_memory
 from finetune_options import make_parser, parse
 from frequency_buckets import (
@@ -178,11 +178,48 @@ def begin(options: argparse.Namespace, settings: dict[str, Any]) -> None:
     if options.overwrite:
         for folder in RUN_FOLDERS.values():
             shutil.rmtree(options.output / folder, ignore_errors=True)
+        for suffix in (".png", ".json"):
+            (options.output / NAME).with_suffix(suffix).unlink(missing_ok=True)
     save_json(options.output / SETTINGS_FILE, settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
+
+
+def count(
+    rows: list[dict[str, list[int]]], vocabulary: int, tokenizer: Any, data: TrainingData, options: argparse.Namespace
+) -> TokenCounts:
+    """How often each token is a target of the rows, which are what the Trainer gets."""
+    print(f"\nCounting the targets of {len(rows):,} rows, cut to {options.max_length} tokens: {data.source}.")
+    counts = TokenCounts.from_dataset(rows, vocabulary, source=data.source, tokenizer=tokenizer.name_or_path)
+    tokens = sum(len(row["labels"]) for row in rows)
+    print(f"{counts.total:,} of {tokens:,} tokens are targets; the others are prompts, which are not learned.")
+    return counts
+
+
+def weigh(counts: TokenCounts, options: argparse.Namespace) -> Tensor:  # (V,)
+    print(f"\nWeights by the power law, 1 / (count + 1) ** {options.alpha:g}, scaled to a mean of 1 over all targets:")
+    try:
+        return PowerLawWeighting(alpha=options.alpha).table(counts)
+    except ValueError as error:
+        raise UserError(f"--alpha {options.alpha}: {first_line(error)}") from None
+
+
+def report(record: dict[str, Any], scores: Scores, path: Path) -> None:
+    """Tables in the terminal, a picture and a file with all numbers."""
+    settings = record["settings"]
+    facts = {
+        "model": f"{record['model']}, on {record['environment']['device']}",
+        "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None),
+        "seconds": ", ".join(f"{part} {seconds:.0f}" for part, seconds in record["seconds"].items()),
+        **{f"trained with {name}": folder for name, folder in record["checkpoints"].items()},
+    }
+    print_tables(scores, record["buckets"], facts)
+    runs = f"{settings['steps']} steps of cross entropy or PDL (alpha {settings['alpha']:g})"
+    save_plot(path.with_suffix(".png"), scores, f"{record['model']} on held-out rows: {runs}")
+    save_json(path.with_suffix(".json"), record)
+    print(f"written: {path}.png and .json")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -211,19 +248,8 @@ def run(options: argparse.Namespace) -> None:
     if not rows or not held_out:
         raise UserError(f"--max-length {options.max_length} cuts off whatever could be learned or evaluated")
 
-    print(
-        f"\nCounting the targets of {len(rows):,} rows to train on, cut to {options.max_length} tokens: {data.source}."
-    )
-    vocabulary = len(untouched.get_output_embeddings().weight)
-    counts = TokenCounts.from_dataset(rows, vocabulary, source=data.source, tokenizer=tokenizer.name_or_path)
-    tokens = sum(len(row["labels"]) for row in rows)
-    print(f"{counts.total:,} of {tokens:,} tokens are targets; the others are prompts, which are not learned.")
-
-    print(f"\nWeights by the power law, 1 / (count + 1) ** {options.alpha:g}, which mean 1 over all targets:")
-    try:
-        weights = PowerLawWeighting(alpha=options.alpha).table(counts)  # (V,)
-    except ValueError as error:
-        raise UserError(f"--alpha {options.alpha}: {first_line(error)}") from None
+    counts = count(rows, len(untouched.get_output_embeddings().weight), tokenizer, data, options)
+    weights = weigh(counts, options)  # (V,)
     description = describe(weights, counts, tokenizer)
     print(description)
     bucket_of = assign_buckets(counts.counts)  # (V,)
@@ -251,9 +277,8 @@ def run(options: argparse.Namespace) -> None:
     if not all(math.isfinite(score.nll) for rows_of in scores.values() for score in rows_of.values()):
         raise ShowsNothingError("a held-out NLL is not finite: try a lower learning rate")
 
-    model = Path(location).name
     record = {
-        "model": model,
+        "model": Path(location).name,
         "settings": settings,
         "environment": environment(device),
         "text": {
@@ -266,22 +291,12 @@ def run(options: argparse.Namespace) -> None:
         "buckets": buckets,
         "weights": {"effective_sample": description.effective_sample, "frequent_share": description.frequent_share},
         "scores": {name: {row: asdict(score) for row, score in by_row.items()} for name, by_row in scores.items()},
+        "checkpoints": {name: str(checkpoint) for name, checkpoint in checkpoints.items()},
         "training": {name: history_of(checkpoint) for name, checkpoint in checkpoints.items()},
         "seconds": watch.seconds,
         "peak_memory_bytes": peak_memory(device),
     }
-    facts = {
-        "model": f"{model}, on {record['environment']['device']}",
-        "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None),
-        "seconds": ", ".join(f"{part} {seconds:.0f}" for part, seconds in watch.seconds.items()),
-        **{f"trained with {name}": str(path) for name, path in checkpoints.items()},
-    }
-    print_tables(scores, buckets, facts)
-    path = options.output / NAME
-    title = f"{model} on held-out rows: {options.steps} steps of cross entropy or PDL (alpha {options.alpha:g})"
-    save_plot(path.with_suffix(".png"), scores, title)
-    save_json(path.with_suffix(".json"), record)
-    print(f"written: {path}.png and .json")
+    report(record, scores, options.output / NAME)
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -307,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted: the same command with --resume goes on in {options.output}", file=sys.stderr)
+        begun = (options.output / SETTINGS_FILE).exists()
+        print(f"interrupted{f'; --resume goes on in {options.output}' if begun else ''}", file=sys.stderr)
         return 130
     return 0
 

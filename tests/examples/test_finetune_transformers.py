@@ -255,6 +255,15 @@ def one_line(capsys):
     return lines[0]
 
 
+def test_ctrl_c_before_training_promises_nothing(call, monkeypatch, capsys):
+    def stop_at_once(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "read_data", stop_at_once)
+    assert call() == 130
+    assert "--resume" not in capsys.readouterr().err
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("written", "message"),

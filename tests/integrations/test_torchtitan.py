@@ -296,6 +296,7 @@ def test_options_from_the_command_line(file, monkeypatch):
     loss = parsed.loss.build(compile_config=parsed.compile)
     assert isinstance(loss, PDLLinearCrossEntropyLoss)
     assert torch.equal(loss.loss.table, W)
+    assert loss.loss.options["chunk_size"] == 64
 
 
 @pytest.mark.parametrize("route", ["logits", "linear"])
@@ -342,6 +343,14 @@ def test_trainer_with_pipeline_parallelism(losses, tmp_path):
     first, last = run_ranks(2, RANKS, tmp_path, BACKEND, "pipeline", *losses)
     assert first.count("relative error of the gradient") == last.count("relative error of the gradient") == 2, last
     assert (first.count("in plain torch"), last.count("in plain torch")) == (0, 1), last
+
+
+@pytest.mark.trainers
+@pytest.mark.skipif(not NEW, reason='the backend "spmd_types" of torchtitan 0.3, which it is for, needs torch 2.14')
+@several
+def test_trainer_that_checks_types(losses, tmp_path):
+    for said in run_ranks(2, RANKS, tmp_path, BACKEND, "checked", *losses):
+        assert said.count("relative error of the gradient") == 2 * len(losses), said
 
 
 @pytest.mark.trainers

@@ -327,10 +327,13 @@ def test_the_tensor_that_was_given_is_copied(model, batch):
     weights = W.clone()
     expected = expected_of(model, batch)
     model.loss_function = pdl_loss_function(weights)
+    weights.zero_()  # before the first call, and between two
     assert_same(loss_and_gradients(model, model(**batch).loss), expected)
+    assert_same(loss_and_gradients(model, model(**batch).loss), expected)
+    model.loss_function = pdl_loss_function(weights.copy_(W))
+    assert_same(loss_and_gradients(model, model(**batch).loss), expected)
+    model.loss_function.set_weights(W.flip(0))
     assert torch.equal(weights, W)
-    weights.zero_()
-    assert_same(loss_and_gradients(model, model(**batch).loss), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

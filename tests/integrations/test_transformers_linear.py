@@ -403,15 +403,12 @@ def test_logits_to_keep(name, keep, with_token_weights, batch):
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_decoder_inputs_of_the_batch(name, batch):
+@pytest.mark.parametrize("given", [True, False], ids=["given", "None"])
+def test_decoder_inputs_of_the_batch(given, name, batch):
     """Those of the batch count, even where they are not the labels moved by one, and None is none."""
-    model = sharp_model(name)
-    given = batch["labels"].clamp(min=3).roll(2, dims=1)
-    for decoder_input_ids in (given, None):
-        expected = expected_of(name, {**batch, "decoder_input_ids": decoder_input_ids}, sharp_model(name))
-        found = use_pdl_linear_loss(model, W)
-        assert_same(step(model, batch, decoder_input_ids=decoder_input_ids), expected)
-        found.undo()
+    decoder_input_ids = batch["labels"].clamp(min=3).roll(2, dims=1) if given else None
+    expected = expected_of(name, {**batch, "decoder_input_ids": decoder_input_ids})
+    assert_same(step(patched(name), batch, decoder_input_ids=decoder_input_ids), expected)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -446,6 +443,17 @@ def test_outputs_as_a_tuple(name, batch):
     assert isinstance(outputs, tuple)
     outputs[0].backward()
     assert_same((outputs[0].item(), take_gradients(model)), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_keys_and_values_are_not_cached(name, batch):
+    """Nobody reads them while a model trains, unless they are asked for."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    kept = sharp_model(name)(**inputs).keys() - patched(name)(**batch).keys()
+    assert kept - {"logits"}, "the model caches nothing by itself"
+    assert kept - {"logits"} <= patched(name)(**batch, use_cache=True).keys()
 
 
 def test_hidden_states_and_attentions_are_there(batch):

@@ -1,6 +1,6 @@
 """One of several processes that torchtitan's Trainer trains together, or the only one.
 
-    torchtitan_ranks.py FOLDER BACKEND data | pipeline | tensor LOSS...
+    torchtitan_ranks.py FOLDER BACKEND data | pipeline | checked | tensor LOSS...
 
 Every process holds gradients and logs of each step against one model with the whole batch in plain torch, and fails
 where they differ.
@@ -186,6 +186,8 @@ def losses_of(file):
 def data(folder, backend, name, losses):
     config = configure(folder, losses[name], backend)
     tolerance = 1e-5
+    if name == "linear":  # the output layer is sharded when the loss is called; otherwise it happens to be whole
+        config.parallelism.fsdp_reshard_after_forward = "always"
     if name == "linear tied":
         config.model_spec.model.enable_weight_tying = True
     if name == "linear bfloat16":
@@ -197,6 +199,14 @@ def data(folder, backend, name, losses):
 def pipeline(folder, backend, name, losses):
     degrees = {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "1F1B"}
     Watched(configure(folder, losses[name], backend, **degrees), 1, 1e-5).train()
+
+
+def checked(folder, backend, name, losses):
+    """Under debug.spmd_typechecking, which the stock validation does not pass."""
+    config = configure(folder, losses[name], backend)
+    config.debug.spmd_typechecking = True
+    config.validator.enable = False
+    Watched(config, WORLD, 1e-5).train()
 
 
 def tensor(folder, backend, name, losses):
@@ -214,5 +224,6 @@ if __name__ == "__main__":
     save_weights(file, W)  # each process writes the same
     for name in names:
         print(name)
-        {"data": data, "pipeline": pipeline, "tensor": tensor}[kind](folder, backend, name, losses_of(file))
+        kinds = {"data": data, "pipeline": pipeline, "checked": checked, "tensor": tensor}
+        kinds[kind](folder, backend, name, losses_of(file))
     dist.destroy_process_group()
