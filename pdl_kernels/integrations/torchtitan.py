@@ -133,14 +133,13 @@ class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
         if lm_head is None:
             raise RuntimeError("the output layer is not known: call set_lm_head first, as torchtitan's Trainer does")
         # FSDP shards the output layer with the norm before it, whose hooks gather and reduce for both.
-        sharded = isinstance(lm_head, FSDPModule)
-        if sharded:
+        if isinstance(lm_head, FSDPModule):
             lm_head.unshard()
         _refuse_sharded("pred", pred)
         _refuse_sharded("the output layer's weight", lm_head.weight)
         inputs = pred, lm_head.weight, labels, token_weights, _count(global_valid_tokens)
         loss = _partial_sum(lambda: self.loss.of_hidden(*inputs, bias=lm_head.bias))
-        if sharded and not loss.requires_grad:  # no backward follows, which would do it
+        if isinstance(lm_head, FSDPModule) and not loss.requires_grad:  # no backward follows, which would do it
             lm_head.reshard()
         return loss, {}
 

@@ -101,7 +101,8 @@ class TrainingLoss:
         if self.table is None:
             return None
         if device not in self._copies:
-            self._copies[device] = self.table.to(device, copy=True)
+            with torch.inference_mode(False):  # an evaluation may come first, and training needs the copy, too
+                self._copies[device] = self.table.to(device, copy=True)
         return self._copies[device]
 
     def set_weights(self, weights: Tensor) -> None:
@@ -148,6 +149,8 @@ class TrainingLoss:
             labels, token_weights: as long as the inputs; with `shift`, position i of the model predicts number i + 1.
             shift_labels, shift_token_weights: the same, shifted already; they win.
         """
+        if shift_token_weights is not None and shift_labels is None:
+            raise ValueError("shift_token_weights are given without shift_labels; accepted are both, or token_weights")
         if shift_labels is not None:
             if token_weights is not None and shift_token_weights is None:
                 raise ValueError("token_weights are given beside shift_labels; accepted are shift_token_weights")

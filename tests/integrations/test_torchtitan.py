@@ -11,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("torchtitan")
 
 from helpers.ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig, ConfigManager
 from torchtitan.models.common.linear import Linear
@@ -198,6 +199,22 @@ def test_a_length_that_no_number_of_chunks_divides(batch, file):
     shorter = (hidden[:, :7], lm_head, labels[:, :7])
     found = step_of(build("linear", lm_head, file, chunk_size=5), shorter, torch.tensor(50))
     assert_close(found, expected_of(shorter, 50), "linear")
+
+
+@pytest.mark.parametrize("route", ["logits", "chunks"])
+def test_nothing_is_read_back_from_the_device(route, batch, file):
+    """CUDA graphs, which the Trainer records by default, could not; the loss without logits adapts while they do."""
+
+    class NoReading(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, inputs=(), named=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*inputs, **(named or {}))
+
+    loss, count = build(route, batch[1], file), torch.tensor(50)
+    step_of(loss, batch, count)  # the first call copies weights to the device
+    with NoReading():
+        found = step_of(loss, batch, count)
+    assert_close(found, expected_of(batch, 50), route)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

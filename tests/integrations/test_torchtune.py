@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-torchtune = pytest.importorskip("torchtune")
+pytest.importorskip("torchtune")
 
+import torchtune
 from omegaconf import OmegaConf
 from torchtune.models.llama3 import llama3
 
@@ -30,7 +31,7 @@ MODEL = {
     "intermediate_dim": 16,
 }
 ROWS, PIECES = 8, 4  # and as many micro-batches a step, of one row
-DATA = '''
+DATA = """
 class Tokenizer:
     pad_id = 0
 
@@ -44,14 +45,15 @@ def dataset(tokenizer):
         tokens = torch.randint(1, 64, (length,)).tolist()
         rows.append({"tokens": tokens, "labels": [-100, *tokens[1:]]})
     return rows
-'''
+"""
 
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """The module that the page shows, and data, where torchtune finds them."""
-    code = re.findall(r"^# torchtune_pdl\.py$.*?(?=^```)", (ROOT / "docs/recipes.md").read_text(), re.DOTALL | re.M)
-    (tmp_path / "torchtune_pdl.py").write_text(code[0])
+    blocks = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL | re.MULTILINE)
+    (code,) = [block for block in blocks if "class PDLLoss" in block]
+    (tmp_path / "torchtune_pdl.py").write_text(code)
     (tmp_path / "tiny_data.py").write_text(DATA)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -127,7 +129,7 @@ def test_two_steps(weights, page):
         expected, gradients = expected_of(
             model, rows[number * PIECES :][:PIECES], None if weights is None else weights.double()
         )
-        losses.append(float(expected))
+        losses.append(float(expected.detach()))
         for parameter, gradient in zip(recipe._model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
         step()

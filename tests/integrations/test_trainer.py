@@ -360,6 +360,7 @@ def run_six_steps(folder, route, schedule, resume=None, weights=W, seed=5):
     return trainer, watch.gradients
 
 
+@pytest.mark.trainers
 @each_route
 @each_schedule
 def test_resuming(schedule, route, tmp_path):
@@ -382,6 +383,7 @@ def test_resuming(schedule, route, tmp_path):
         assert len({entry["mean_weight"] for entry in logs[0]}) == 6, "the weights are other ones in every step"
 
 
+@pytest.mark.trainers
 @each_route
 @each_schedule
 def test_weights_of_a_checkpoint(schedule, route, tmp_path):
@@ -395,6 +397,7 @@ def test_weights_of_a_checkpoint(schedule, route, tmp_path):
         run_six_steps(tmp_path, route, None, str(halfway), W.flip(0))
 
 
+@pytest.mark.trainers
 @pytest.mark.filterwarnings("error:training goes on at step")
 def test_a_checkpoint_in_another_folder(tmp_path):
     """It is the one that is named, and its weights are held against those that are given."""

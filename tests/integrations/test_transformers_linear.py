@@ -789,6 +789,9 @@ def test_a_compiled_model(batch):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[2] <= 2
     assert not torch._dynamo.utils.counters["graph_break"]
+    model.pdl_linear_loss.undo()
+    with pytest.raises(TypeError, match="accepted is a PreTrainedModel: call use_pdl_linear_loss before"):
+        use_pdl_linear_loss(run, W)
 
 
 @pytest.fixture
@@ -998,7 +1001,6 @@ def test_twice_is_refused(batch):
 WRAPPED = {
     "torch module": lambda model: nn.Sequential(model),
     "adapters": lambda model: with_adapters(model, **ATTENTION),
-    "compiled": lambda model: torch.compile(model),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from pathlib import Path
@@ -13,11 +14,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from pdl_kernels.integrations.training_loss import WEIGHTS_FILE, Record, TrainingLoss
 from pdl_kernels.weights.counts import TokenCounts
-from pdl_kernels.weights.saved import load_weights, save_weights
+from pdl_kernels.weights.saved import save_weights
 from pdl_kernels.weights.schedule import WeightSchedule
 from pdl_kernels.weights.weighting import Weighting
 
 COUNTS_FILE = "pdl_counts.safetensors"
+REMEMBERED = "pdl_weights"  # under this name the state of the Trainer, which is in each checkpoint, knows the weights
 FIRST_STEPS = 3  # each of them is checked
 CHECK_EVERY = 5  # steps, from then on
 MANY_NEVER_COUNTED = 0.1  # share of the targets: a rule of thumb, not the result of a measurement
@@ -104,7 +106,8 @@ class PDLCallback(TrainerCallback):
                 stacklevel=2,
             )
         if state.global_step > 0:
-            self._check_checkpoint(args, state.global_step)
+            self._check_checkpoint(state)
+        state.stateful_callbacks[REMEMBERED] = {"sha256": _digest(self.table)}
         self._first_step = state.global_step
         self._apply_schedule(state.global_step)
         seen = None
@@ -150,24 +153,20 @@ class PDLCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _check_checkpoint(self, args: TrainingArguments, step: int) -> None:
-        given = args.resume_from_checkpoint
-        folders = [Path(given)] if isinstance(given, str) else []
-        folders.append(Path(args.output_dir) / f"checkpoint-{step}")
-        found = next((folder for folder in folders if (folder / WEIGHTS_FILE).is_file()), None)
-        if found is None:
-            if self.table is not None:
-                warnings.warn(
-                    f"training goes on at step {step}, and there is no {WEIGHTS_FILE} in {folders[0]}: whether it "
-                    "began with these weights cannot be told",
-                    stacklevel=2,
-                )
-            return
-        saved = load_weights(found / WEIGHTS_FILE).table
-        if self.table is None or not torch.equal(saved, self.table):
+    def _check_checkpoint(self, state: TrainerState) -> None:
+        """Hold the weights against what the checkpoint remembers of its own."""
+        remembered = state.stateful_callbacks.get(REMEMBERED)
+        step = state.global_step
+        if remembered is None:
+            warnings.warn(
+                f"training goes on at step {step}, and its checkpoint was not written with PDLCallback: whether it "
+                "began with these weights cannot be told",
+                stacklevel=2,
+            )
+        elif remembered["sha256"] != _digest(self.table):
             raise ValueError(
-                f"training goes on at step {step} with other weights than {found} holds; accepted are the same: pass "
-                f"that folder as weights, {str(found)!r}, or start anew"
+                f"training goes on at step {step} with other weights than its checkpoint-{step} was written with; "
+                "accepted are the same, which the checkpoint holds: pass its folder as weights; or start anew"
             )
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -252,6 +251,11 @@ class PDLCallback(TrainerCallback):
             save_weights(folder / WEIGHTS_FILE, self.table, self.weighting, self.counts)
         if self.counts is not None:
             self.counts.save(folder / COUNTS_FILE)
+
+
+def _digest(table: Tensor | None) -> str:
+    """What tells tables from each other."""
+    return "none" if table is None else hashlib.sha256(table.numpy().tobytes()).hexdigest()
 
 
 def statistics(record: Record) -> dict[str, float]:

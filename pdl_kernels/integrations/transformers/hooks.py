@@ -47,6 +47,13 @@ class LossFunction(TrainingLoss):
         return self.of_logits(logits, targets, factors, num_items_in_batch)
 
     def problem_of(self, arguments: Any, model: Any) -> str | None:
+        cut = arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1
+        if cut and getattr(model, "accepts_loss_kwargs", True) is False:
+            return (
+                f"{type(model).__name__} says accepts_loss_kwargs = False: the Trainer does not give it the number of "
+                "targets of a step, and averages micro-batches and processes; accepted are use_pdl_linear_loss and "
+                "pdl_compute_loss for such a model, or one micro-batch and one process"
+            )
         if self.encoder_decoder or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             return None
         return (

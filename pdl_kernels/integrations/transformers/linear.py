@@ -61,6 +61,8 @@ class LinearLoss(TrainingLoss):
         _replace_forward(model, self._of_model)
         _replace_forward(self.head, self._of_head)
         model.pdl_linear_loss = self
+        self._took_counts = model.__dict__.get("accepts_loss_kwargs")
+        model.accepts_loss_kwargs = True  # the Trainer gives the number of targets to models that say so
 
     def undo(self) -> PreTrainedModel:
         """Put the model back as it was; returns it."""
@@ -70,7 +72,9 @@ class LinearLoss(TrainingLoss):
             del module.forward
             if forward is not None:
                 module.forward = forward
-        del self.model.pdl_linear_loss
+        del self.model.pdl_linear_loss, self.model.accepts_loss_kwargs
+        if self._took_counts is not None:
+            self.model.accepts_loss_kwargs = self._took_counts
         return self.model
 
     def problem_of(self, arguments: Any, model: Any) -> str | None:
