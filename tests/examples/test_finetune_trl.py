@@ -52,6 +52,7 @@ def record_of(folder):
     return json.loads((folder / "out" / "finetune_trl.json").read_text())
 
 
+@pytest.mark.trainers
 @pytest.mark.parametrize("data", ["pairs.jsonl", "chats.jsonl"])
 def test_it_trains_on_what_it_counts_and_compares(call, place, tmp_path, monkeypatch, data):
     trainers, counted = [], []
@@ -87,6 +88,7 @@ def test_it_trains_on_what_it_counts_and_compares(call, place, tmp_path, monkeyp
         assert all(key.startswith(("model.layers.1.", "model.norm.")) for key in changed)
 
 
+@pytest.mark.trainers
 def test_adapters(call, tmp_path):
     pytest.importorskip("peft")
     assert call("--lora") == 0

@@ -22,16 +22,17 @@ def test_the_gradient_of_one_big_batch(micro_batches, loss):
     assert max(errors_of_steps(Accelerator(cpu=True), ROWS, micro_batches, loss)) < 1e-5
 
 
-def test_a_step_without_targets():
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_without_targets(loss):
     rows = [row | {"labels": [-100] * len(row["labels"])} for row in ROWS[: 2 * BATCH]]
-    (gradients,) = gradients_of_steps(Accelerator(cpu=True), rows, 2, "loss_on_logits")
+    (gradients,) = gradients_of_steps(Accelerator(cpu=True), rows, 2, loss)[1]
     assert all(gradient.abs().sum() == 0 for gradient in gradients.values())
 
 
 def test_backward_divides_by_the_accumulation_steps():
     """The trap: the gradient is a quarter of what it should be."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
-    (found,) = gradients_of_steps(accelerator, ROWS[:8], 4, "loss_on_logits")
+    (found,), _ = gradients_of_steps(accelerator, ROWS[:8], 4, "loss_on_logits")
     expected = big_batch_gradients(make_model("llama"), ROWS[:8], W)
     assert relative_error({name: 4 * gradient for name, gradient in found.items()}, expected) < 1e-5
 

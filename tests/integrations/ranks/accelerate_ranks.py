@@ -27,7 +27,10 @@ def recipe():
 
 
 def gradients_of_steps(accelerator, rows, micro_batches, loss):
-    """[{name: gradient}] as the optimizer gets them from the recipe's loop; the parameters stay as they are."""
+    """[{name: gradient}] of the recipe's loop before it clips, and as the optimizer gets them.
+
+    The parameters stay as they are.
+    """
     names = recipe()
     model = make_model("llama")
     if loss == "loss_without_logits":
@@ -35,15 +38,20 @@ def gradients_of_steps(accelerator, rows, micro_batches, loss):
         loss_of = names[loss]
     else:
         loss_of = names[loss](W, **EAGER)
-    found = []
+    whole, final = [], []
+    clip = accelerator.clip_grad_norm_
+
+    def keep(gradients):
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    accelerator.clip_grad_norm_ = lambda *arguments: (keep(whole), clip(*arguments))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(
-        lambda *_: found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    )
+    optimizer.register_step_pre_hook(lambda *_: keep(final))
     loader = DataLoader(rows, batch_size=BATCH, collate_fn=collate)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     names["train"](accelerator, prepared, optimizer, loader, loss_of, micro_batches)
-    return found
+    del accelerator.clip_grad_norm_
+    return whole, final
 
 
 def clipped(gradients):
@@ -56,11 +64,12 @@ def errors_of_steps(accelerator, rows, micro_batches, loss):
     """How far each step is from the gradient of one big batch, which accelerate cut in turn into the processes'."""
     size = BATCH * micro_batches * accelerator.num_processes
     steps = [rows[first : first + size] for first in range(0, len(rows), size)]
-    found = gradients_of_steps(accelerator, rows, micro_batches, loss)
-    assert len(found) == len(steps)
+    whole, final = gradients_of_steps(accelerator, rows, micro_batches, loss)
+    assert len(whole) == len(final) == len(steps)
+    expected = [big_batch_gradients(make_model("llama"), step, W) for step in steps]
     return [
-        relative_error(gradients, clipped(big_batch_gradients(make_model("llama"), step, W)))
-        for gradients, step in zip(found, steps, strict=True)
+        *map(relative_error, whole, expected),
+        *(relative_error(found, clipped(wanted)) for found, wanted in zip(final, expected, strict=True)),
     ]
 
 
