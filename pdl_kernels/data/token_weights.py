@@ -7,7 +7,7 @@ know that they are there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,14 @@ def join(labels: Any, factors: Any, where: str) -> Integers:
     one that is not finite.
     """
     ids = np.asarray(labels, np.int64)
+    misfit = ids[(ids != IGNORED) & ((ids < 0) | (ids > LABEL_MASK))]
+    if len(misfit):
+        raise ValueError(f"{where}: a label is {misfit[0]}; accepted are class indices and {IGNORED}")
     try:
-        given = np.asarray(factors, np.float32)
+        given = np.asarray(factors)
+        if given.dtype.kind in "US":
+            raise ValueError
+        given = given.astype(np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"{where} are {factors!r}; accepted are numbers") from None
     if given.shape not in ((), ids.shape):
@@ -71,6 +77,11 @@ def message_factors(
                 f"{where}: a message of {message['role']!r} has the weight {weight!r}; accepted are weights on the "
                 "assistant's messages"
             )
+    if any(before["role"] == after["role"] == "assistant" for before, after in pairwise(read)):
+        raise ValueError(
+            f"{where}: the assistant has two messages in a row, which templates show as one turn or as two; accepted "
+            "are chats in which another role speaks between them"
+        )
     ((ids, mask),) = template.encode([(0, (read, options))], lambda _: str(where), mask=True)
     factors = [1.0] * len(ids)
     turns = [[position for position, _ in run] for said, run in groupby(enumerate(mask), lambda at: at[1]) if said]

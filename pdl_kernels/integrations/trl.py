@@ -7,6 +7,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pdl_kernels.weights.schedule import WeightSchedule
 from pdl_kernels.weights.weighting import Weighting
 
 MESSAGES = "messages"  # the value of `token_weights` that means the `weight` of chat messages
+LOOKED_AT = 100  # rows, for weights of messages that nobody uses
 COMPARED_LOSSES = 3  # of training, and as many of evaluation: TRL's sum is compared with what it has to be
 
 
@@ -48,13 +50,14 @@ class FusedHeadLoss(TrainingLoss):
                 "TRL's fused output layer returned no log_probs and label_mask of its targets' shape; accepted is what "
                 "TRL 1.16 returns: install that version, or report this"
             )
+        if factors is not None and shift_labels is not None:
+            raise ValueError("token_weights are given beside shift_labels, which are shifted already; accepted is one")
         training = torch.is_grad_enabled()
         if not training and not self.weighted_evaluation:
             return outputs
         targets = torch.where(mask, targets.to(log_probs.device), self.ignore_index)
         if factors is not None:
-            factors = factors.to(log_probs.device)
-            factors = factors[:, 1:] if shift_labels is None else factors  # (B, L)
+            factors = factors.to(log_probs.device)[:, 1:]  # (B, L)
         table = self.weights_on(log_probs.device)
         weighted = log_probs
         if table is not None:
@@ -206,7 +209,7 @@ class PDLSFTMixin:
         elif self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
             processes = self.accelerator.num_processes // self.get_tp_size()  # type: ignore[attr-defined]
         expected = -self._weighted_sum * processes / torch.as_tensor(count, device=loss.device).clamp(min=1)
-        if not torch.allclose(loss.float(), expected.float(), rtol=1e-3, atol=1e-6):
+        if not torch.allclose(loss.float(), expected.float(), rtol=1e-3, atol=1e-6, equal_nan=True):
             raise RuntimeError(
                 f"TRL's loss is {loss.item():g}, and the weighted log-probabilities give {expected.item():g}: TRL "
                 "works otherwise inside than as of 1.16: install that version, or report this"
@@ -220,18 +223,22 @@ class PDLSFTMixin:
     ) -> Any:
         prepare: Callable[..., Any] = super()._prepare_dataset  # type: ignore[misc]
         if self._token_weights is None:
-            if dataset_name == "train" and has_message_weights(next(iter(dataset))):
+            if dataset_name == "train" and any(map(has_message_weights, islice(dataset, LOOKED_AT))):
                 warnings.warn(
                     "messages have a weight, which is not used; accepted is token_weights='messages', or none of them",
                     stacklevel=2,
                 )
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if getattr(dataset, "pdl_token_weights", False):  # prepared here before
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # First the labels of whole rows; then, with their weights inside, what cuts, packs and shuffles them.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         labelled = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         joined = labelled.map(self._joiner(labelled, processing_class, dataset_name))
-        return prepare(joined, processing_class, args, packing, None, dataset_name)
+        prepared = prepare(joined, processing_class, args, packing, None, dataset_name)
+        prepared.pdl_token_weights = True
+        return prepared
 
     def _joiner(self, dataset: Any, tokenizer: Any, name: str) -> Callable[[Any], dict[str, Any]]:
         """A function of a row with `input_ids` and `labels`: its labels with the weights inside."""

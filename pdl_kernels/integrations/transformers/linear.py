@@ -46,20 +46,21 @@ class LinearLoss(TrainingLoss):
                 raise ValueError(f"{name} is given; accepted is what the model does to its logits, which is found out")
         super().__init__(weights, linear=True, **options)
         self.evaluation_logits = evaluation_logits
-        self.encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.model = model
         self.head = _output_layer(model)
+        self.model = model
+        self.encoder_decoder = bool(model.config.is_encoder_decoder)
         if self.table is not None and len(self.table) != len(self.head.weight):
             raise ValueError(
                 f"weights have shape {tuple(self.table.shape)}; accepted is ({len(self.head.weight)},), one per row of "
                 "the model's output layer, which may be longer than the tokenizer"
             )
         self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._call: dict[str, Any] | None = None  # the training call that is under way
         self._before = {module: module.__dict__.get("forward") for module in (model, self.head)}
-        self.transform = self._find_transform()
-        _replace_forward(model, self._of_model)
-        _replace_forward(self.head, self._of_head)
+        self.transform, self.shift = self._find_transform()
+        _replace_forward(
+            model, lambda module, *arguments, **named: module.pdl_linear_loss._of_model(*arguments, **named)
+        )
+        _replace_forward(self.head, _HeadForward(self._before[self.head]))
         model.pdl_linear_loss = self
         self._took_counts = model.__dict__.get("accepts_loss_kwargs")
         model.accepts_loss_kwargs = True  # the Trainer gives the number of targets to models that say so
@@ -97,7 +98,6 @@ class LinearLoss(TrainingLoss):
 
     def _of_model(
         self,
-        model: PreTrainedModel,
         *arguments: Any,
         labels: Tensor | None = None,  # (B, L)
         shift_labels: Tensor | None = None,  # (B, L)
@@ -108,16 +108,16 @@ class LinearLoss(TrainingLoss):
         return_dict: bool | None = None,
         **named: Any,
     ) -> Any:
+        model = self.model
         if "labels" in self._parameters[: len(arguments)]:
             raise TypeError("labels are given by position; accepted is labels=...")
+        named |= dict(zip(self._parameters, arguments, strict=False))
         if return_dict is None:
             return_dict = getattr(model.config, "return_dict", True)
         if labels is None and shift_labels is None:
-            return self._stock(model, *arguments, return_dict=return_dict, **named)
-        targets, factors = self.targets(
-            labels, shift_labels, token_weights, shift_token_weights, shift=not self.encoder_decoder
-        )
-        if self.encoder_decoder and not named.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+            return self._stock(return_dict=return_dict, **named)
+        targets, factors = self.targets(labels, shift_labels, token_weights, shift_token_weights, shift=self.shift)
+        if self.encoder_decoder and all(named.get(f"decoder_input{end}") is None for end in ("_ids", "s_embeds")):
             named["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
         keep = named.get("logits_to_keep", 0)
         targets = _keep(targets, keep)
@@ -126,10 +126,10 @@ class LinearLoss(TrainingLoss):
             named.setdefault("use_cache", False)
 
         if torch.is_grad_enabled() or skip_logits or not self.evaluation_logits:
-            outputs, loss = self._fused(model, arguments, named, targets, factors, num_items_in_batch)
+            outputs, loss = self._fused(named, targets, factors, num_items_in_batch)
             logits = None
         else:
-            outputs = self._stock(model, *arguments, return_dict=True, **named)
+            outputs = self._stock(return_dict=True, **named)
             logits = outputs.logits
             loss = self.of_logits(logits, targets, factors, num_items_in_batch)
         if outputs.get("aux_loss") is not None:  # of a mixture of experts, as the models themselves add it
@@ -138,37 +138,28 @@ class LinearLoss(TrainingLoss):
         return outputs if return_dict else outputs.to_tuple()
 
     def _fused(
-        self,
-        model: PreTrainedModel,
-        arguments: tuple[Any, ...],
-        named: dict[str, Any],
-        targets: Tensor,
-        factors: Tensor | None,
-        count: Tensor | float | None,
+        self, named: dict[str, Any], targets: Tensor, factors: Tensor | None, count: Tensor | float | None
     ) -> tuple[Any, Tensor]:
         """The outputs, whose logits have no rows, and the loss."""
-        head = model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
         if hasattr(head, "base_layer"):
             raise ValueError(f"the output layer has an adapter ({_name(head)}); {ADAPTER_REMEDY}")
-        self._call = {"targets": targets, "factors": factors, "count": count}
+        call = _Call(self, targets, factors, count)
+        UNDER_WAY.append(call)
         try:
-            outputs = self._stock(model, *arguments, return_dict=True, **named)
-            loss = self._call.get("loss")
+            outputs = self._stock(return_dict=True, **named)
         finally:
-            self._call = None
-        if loss is None:
+            UNDER_WAY.pop()
+        if call.loss is None:
             raise RuntimeError(
-                f"{type(model).__name__} did not call the output layer that use_pdl_linear_loss prepared: it was "
+                f"{type(self.model).__name__} did not call the output layer that use_pdl_linear_loss prepared: it was "
                 "replaced afterwards; call .undo(), and use_pdl_linear_loss again"
             )
         # The empty logits add 0; they tell FSDP, which watches what leaves a layer, that its backward begins.
-        return outputs, loss + outputs.logits.sum().to(loss.dtype)
+        return outputs, call.loss + outputs.logits.sum().to(call.loss.dtype)
 
-    def _of_head(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        """(..., L, H) -> (..., L, V); where the loss is taken instead, (..., 0, V)."""
-        call = self._call
-        if call is None:
-            return self._stock(head, hidden)
+    def take_from(self, head: nn.Linear, hidden: Tensor, call: _Call) -> None:
+        """The loss of this call, where the model runs its output layer on (..., L, H) hidden states."""
         if hasattr(head.weight, "device_mesh"):
             raise ValueError(
                 "the output layer is sharded (its weight is a DTensor); accepted is one that is whole when it runs: "
@@ -178,29 +169,31 @@ class LinearLoss(TrainingLoss):
         if self.transform.bias:
             more = self.model.final_logits_bias[0].to(head.weight.device, head.weight.dtype)
             bias = more if bias is None else bias + more
-        call["loss"] = self.of_hidden(
+        call.loss = self.of_hidden(
             hidden,
             head.weight,
-            call["targets"],
-            call["factors"],
-            call["count"],
+            call.targets,
+            call.factors,
+            call.count,
             bias=bias,
             softcap=self.transform.softcap,
             logit_scale=self.transform.scale,
         )
-        return F.linear(hidden[..., :0, :], head.weight, head.bias)
 
-    def _stock(self, module: nn.Module, *arguments: Any, **named: Any) -> Any:
-        """What `module` did before. A copy of the module, as PEFT makes of an output layer, does it on its own."""
-        forward = self._before.get(module)
-        return type(module).forward(module, *arguments, **named) if forward is None else forward(*arguments, **named)
+    def _stock(self, **named: Any) -> Any:
+        """What the model did before."""
+        forward = self._before[self.model]
+        return type(self.model).forward(self.model, **named) if forward is None else forward(**named)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the model does to the products of its output layer
 
     @torch.no_grad()
-    def _find_transform(self) -> Transform:
-        """Feed the model products of its output layer that are known, and see what logits come of them."""
+    def _find_transform(self) -> tuple[Transform, bool]:
+        """Feed the model products of its output layer that are known: what logits come of them, and which labels count.
+
+        Returns the transform, and whether position i predicts label i + 1.
+        """
         model, head = self.model, self.head
         if head.weight.device.type == "meta":
             raise ValueError("the model is on the meta device; accepted is one with its weights loaded")
@@ -209,15 +202,29 @@ class LinearLoss(TrainingLoss):
         inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if self.encoder_decoder else {})
         with _evaluating(model), _forward_of(head, lambda hidden: products.expand(*hidden.shape[:-1], -1)):
             logits = model(**inputs, return_dict=True).logits[0, -1].float()  # (V,)
+            labels = torch.tensor([[0, len(products) - 1]], device=model.device)
+            loss = model(**inputs, labels=labels, return_dict=True).loss
         bias = getattr(model, "final_logits_bias", None)  # (1, V) of BART and its kind
         for transform in self._candidates(has_bias=bias is not None):
             expected = transform(products.float(), None if bias is None else bias[0].float())
-            # bfloat16 products are rounded once more on their way: 2**-6 of the largest.
-            if (logits - expected).abs().max() <= 2**-6 * expected.abs().max():
-                return transform
+            if (logits - expected).abs().max() <= 8 * torch.finfo(products.dtype).eps * expected.abs().max():
+                return transform, self._shifts(loss, logits)
         raise ValueError(
             f"{type(model).__name__} does something to its logits that is not known here; accepted are a scale, a "
             "softcap and final_logits_bias, as the configuration names them: use pdl_loss_function for this model"
+        )
+
+    def _shifts(self, loss: Tensor | None, logits: Tensor) -> bool:
+        """Whether the model's loss of the labels 0 and V - 1 at two equal rows of logits is that of V - 1 alone."""
+        first, last = (
+            F.cross_entropy(logits, torch.tensor(label, device=logits.device)) for label in (0, -1 % len(logits))
+        )
+        for shift, expected in ((True, last), (False, (first + last) / 2)):
+            if loss is not None and (loss - expected).abs() <= 0.1 * (first - last).abs():
+                return shift
+        raise ValueError(
+            f"{type(self.model).__name__} has a loss that is neither that of a causal model nor of an encoder-decoder; "
+            "accepted are language models"
         )
 
     def _candidates(self, has_bias: bool) -> Iterator[Transform]:
@@ -227,6 +234,32 @@ class LinearLoss(TrainingLoss):
         for scale in dict.fromkeys([1.0, *scales, *(1 / scale for scale in scales)]):
             for softcap in dict.fromkeys([None, getattr(text, "final_logit_softcapping", None)]):
                 yield Transform(scale, softcap, has_bias)
+
+
+class _Call:
+    """A training call that is under way."""
+
+    def __init__(self, owner: LinearLoss, targets: Tensor, factors: Tensor | None, count: Any) -> None:
+        self.owner, self.targets, self.factors, self.count = owner, targets, factors, count
+        self.loss: Tensor | None = None
+
+
+# The output layer finds the call here, and not in an object of its own: PEFT copies output layers.
+UNDER_WAY: list[_Call] = []
+
+
+class _HeadForward:
+    """(..., L, H) -> (..., L, V); where the loss is taken instead, (..., 0, V)."""
+
+    def __init__(self, before: Any) -> None:
+        self.before = before  # the layer's own forward, where another library replaced it
+
+    def __call__(self, head: nn.Linear, hidden: Tensor) -> Tensor:
+        if UNDER_WAY:
+            UNDER_WAY[-1].owner.take_from(head, hidden, UNDER_WAY[-1])
+            return F.linear(hidden[..., :0, :], head.weight, head.bias)
+        stock: Tensor = type(head).forward(head, hidden) if self.before is None else self.before(hidden)
+        return stock
 
 
 ADAPTER_REMEDY = (
@@ -249,15 +282,19 @@ def _output_layer(model: PreTrainedModel) -> nn.Linear:
         raise ValueError(f"model is a {_name(model)}, which has no output layer; accepted are language models")
     if hasattr(head, "base_layer"):
         raise ValueError(f"the output layer has an adapter ({_name(head)}); {ADAPTER_REMEDY}")
+    if type(head) is not nn.Linear:
+        raise ValueError(
+            f"the output layer is a {_name(head)}, quantised or of another kind; accepted is a plain torch.nn.Linear"
+        )
     if hasattr(head.weight, "device_mesh"):
         raise ValueError(
             "the output layer is sharded (its weight is a DTensor); accepted is a whole one: keep it out of tensor "
             "parallelism, and call use_pdl_linear_loss before fully_shard"
         )
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
+    if type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
         raise ValueError(
-            f"the output layer is a {_name(head)} with a weight of type {type(head.weight).__name__}, "
-            f"{head.weight.dtype}, quantised or of another kind; accepted is a plain torch.nn.Linear"
+            f"the output layer has a weight of type {type(head.weight).__name__}, {head.weight.dtype}, quantised or of "
+            "another kind; accepted is a plain floating parameter"
         )
     return head
 
