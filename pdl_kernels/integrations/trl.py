@@ -194,7 +194,7 @@ class PDLSFTMixin:
                 "or report this"
             )
         training = torch.is_grad_enabled()
-        if self._compared[training] < COMPARED_LOSSES and not self.aux_loss_enabled:  # type: ignore[attr-defined]
+        if self._compared[training] < COMPARED_LOSSES and not self.aux_loss_enabled:
             self._compared[training] += 1
             self._compare(loss.detach(), inputs, num_items_in_batch)
         return found

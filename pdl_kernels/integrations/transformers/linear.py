@@ -205,9 +205,10 @@ class LinearLoss(TrainingLoss):
             labels = torch.tensor([[0, len(products) - 1]], device=model.device)
             loss = model(**inputs, labels=labels, return_dict=True).loss
         bias = getattr(model, "final_logits_bias", None)  # (1, V) of BART and its kind
+        eps = max(torch.finfo(products.dtype).eps, torch.finfo(torch.float32).eps)
         for transform in self._candidates(has_bias=bias is not None):
             expected = transform(products.float(), None if bias is None else bias[0].float())
-            if (logits - expected).abs().max() <= 8 * torch.finfo(products.dtype).eps * expected.abs().max():
+            if (logits - expected).abs().max() <= 8 * eps * expected.abs().max():
                 return transform, self._shifts(loss, logits)
         raise ValueError(
             f"{type(model).__name__} does something to its logits that is not known here; accepted are a scale, a "
@@ -284,7 +285,7 @@ def _output_layer(model: PreTrainedModel) -> nn.Linear:
         raise ValueError(f"the output layer has an adapter ({_name(head)}); {ADAPTER_REMEDY}")
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"the output layer is a {_name(head)}, quantised or of another kind; accepted is a plain torch.nn.Linear"
+            f"the output layer is a {_name(head)} (quantised, or of another kind); accepted is a plain torch.nn.Linear"
         )
     if hasattr(head.weight, "device_mesh"):
         raise ValueError(
@@ -310,6 +311,10 @@ def _replace_forward(module: nn.Module, forward: Any) -> None:
     @functools.wraps(stock)
     def replaced(self: nn.Module, *arguments: Any, **named: Any) -> Any:
         return forward(self, *arguments, **named)
+
+    # accelerate takes wrappers off as long as there is something under them, and would take this one off, too.
+    del replaced.__wrapped__
+    replaced.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
 
     module.forward = types.MethodType(replaced, module)
 
