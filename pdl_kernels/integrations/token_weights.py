@@ -93,4 +93,13 @@ def chat_token_weights(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **
     """
     template = ChatTemplate(tokenizer, None, assistant_only=True, roles=None)
     where = RowName(lambda _: "messages", 0)
-    return message_factors(options, messages, template, where)[1]
+    ids, factors = message_factors(options, messages, template, where)
+    own, _ = ChatTemplate(tokenizer, None, assistant_only=False, roles=None).encode(
+        [(0, template.read(options, messages, "messages", where))], lambda _: str(where), mask=False
+    )[0]
+    if list(own) != list(ids):
+        raise ValueError(
+            "the tokenizer's chat template has no generation markers, and the one that TRL trains with instead makes "
+            "other ids; accepted is a tokenizer whose chat_template has {% generation %} markers"
+        )
+    return factors

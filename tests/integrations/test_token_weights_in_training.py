@@ -504,7 +504,14 @@ def test_options_of_the_template():
     assert weights.count(3.0) == chat_token_weights(chat, made).count(3.0)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3", "qwen3_training"])
+def test_a_template_that_training_replaces_by_another():
+    """Qwen3's own makes fewer ids than the one with markers: the factors would belong to other tokens."""
+    chat = [*WEATHER, user("And in the north?"), assistant("Whatever it is today.") | {"weight": 2.0}]
+    with pytest.raises(ValueError, match="makes other ids"):
+        chat_token_weights(chat, make_chat_tokenizer("llama", template("qwen3")))
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3_training"])
 def test_as_many_as_the_tokenizer_makes_ids(name):
     made = make_chat_tokenizer("llama", template(name))
     chat = [*WEATHER, user("And in the north?"), assistant("Whatever it is today.") | {"weight": 2.0}]
