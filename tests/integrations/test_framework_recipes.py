@@ -95,5 +95,5 @@ def test_plugin_of_axolotl(trained, monkeypatch, tmp_path):
     path = str(tmp_path / "weights.safetensors")
     save_weights(path, models.make_weights())
     config, plugin, model = names["PDLArguments"](pdl_weights=path), names["PDLPlugin"](), models.make_model("llama")
-    plugin.pre_lora_load(config, model)
+    plugin.post_model_load(config, model)
     train(model, before=lambda trainer: plugin.post_trainer_create(config, trainer))
