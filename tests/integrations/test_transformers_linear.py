@@ -7,7 +7,9 @@ import copy
 import functools
 import inspect
 import io
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
@@ -421,8 +423,18 @@ def test_decoder_inputs_by_position(name, batch):
     assert_same((outputs.loss.item(), take_gradients(model)), expected)
 
 
-def test_inputs_by_position(batch):
-    model = patched("llama")
+class Passing(transformers.LlamaForCausalLM):
+    """A user's subclass, whose signature names nothing."""
+
+    def forward(self, *arguments, **named):
+        return super().forward(*arguments, **named)
+
+
+@pytest.mark.parametrize("kind", [transformers.LlamaForCausalLM, Passing])
+def test_inputs_by_position(kind, batch):
+    model = sharp_model("llama")
+    model.__class__ = kind
+    use_pdl_linear_loss(model, W)
     outputs = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
     outputs.loss.backward()
     assert_same((outputs.loss.item(), take_gradients(model)), expected_of("llama", batch))
@@ -569,29 +581,44 @@ def test_undo(name, batch):
     assert_same(step(model, batch), with_loss, 1e-7)
 
 
+def replace_forward(module, called):
+    """As accelerate's hooks do."""
+    stock = module.forward
+
+    @functools.wraps(stock.__func__)
+    def forward(self, *arguments, **named):
+        called.append(type(self).__name__)
+        return stock.__func__(self, *arguments, **named)
+
+    module.forward = types.MethodType(forward, module)
+    return module.forward
+
+
 def test_forwards_that_were_replaced_before(batch):
-    """As accelerate's hooks replace them: they are called, and put back."""
+    """They are called, and put back."""
     model = sharp_model("llama")
     called = []
-
-    def wrapped(module):
-        stock = module.forward
-
-        @functools.wraps(stock.__func__)
-        def forward(self, *arguments, **named):
-            called.append(type(self).__name__)
-            return stock(*arguments, **named)
-
-        module.forward = types.MethodType(forward, module)
-        return module.forward
-
-    forwards = wrapped(model), wrapped(model.lm_head)
+    forwards = replace_forward(model, called), replace_forward(model.lm_head, called)
     loss = use_pdl_linear_loss(model, W)
     called.clear()
     assert_same(step(model, batch), expected_of("llama", batch))
     assert called == ["LlamaForCausalLM"]
     loss.undo()
     assert (model.forward, model.lm_head.forward) == forwards
+
+
+def test_a_copy_of_a_model_whose_forwards_were_replaced_before(batch):
+    """It runs its own layers, in training and in evaluation."""
+    model = sharp_model("llama")
+    replace_forward(model, []), replace_forward(model.lm_head, [])
+    use_pdl_linear_loss(model, W)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        assert torch.equal(twin(**batch).logits, expected)
+    assert_same(step(twin, batch), expected_of("llama", batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -812,6 +839,24 @@ def test_distributed_data_parallel(batch):
         assert_same((outputs.loss.item(), take_gradients(model)), expected_of("llama", batch, count=17))
 
 
+def test_two_models_in_two_threads(batch):
+    """Their losses are their own, and a call of the other's output layer in between is none of them."""
+    names = ["llama", "qwen2"]
+    models = [patched(name) for name in names]
+    models[1].pdl_linear_loss.set_weights(W.flip(0))
+    expected = [expected_of("llama", batch), expected_of("qwen2", batch, weights=W.flip(0))]
+    inside = threading.Barrier(2)
+
+    def wait(*_):
+        inside.wait(timeout=30)  # both models are in the middle of their forward
+
+    for model in models:
+        model.model.norm.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        for found, wanted in zip(pool.map(lambda model: step(model, batch), models), expected, strict=True):
+            assert_same(found, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapters
 
@@ -982,14 +1027,24 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_an_unknown_change_of_the_logits_is_refused(change):
-    model = Strange(transformers.LlamaConfig(**DECODER))
+def test_an_unknown_change_of_the_logits_is_refused(change, dtype):
+    model = Strange(transformers.LlamaConfig(**DECODER)).to(dtype)
     model.change = change
     with pytest.raises(ValueError, match="Strange does something to its logits that is not known here"):
         use_pdl_linear_loss(model, W)
     assert "forward" not in model.__dict__
     assert "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("options", [{}, {"weighted_evaluation": True}], ids=["", "weighted"])
+def test_after_a_loss_function(options, batch):
+    """Another loss of ours that the model had before, of whatever weights, does not matter."""
+    model = sharp_model("llama")
+    model.loss_function = pdl_loss_function(W.flip(0), **options)
+    use_pdl_linear_loss(model, W)
+    assert_same(step(model, batch), expected_of("llama", batch))
 
 
 def test_twice_is_refused(batch):

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import os
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,25 +112,26 @@ class LinearLoss(TrainingLoss):
         model = self.model
         if "labels" in self._parameters[: len(arguments)]:
             raise TypeError("labels are given by position; accepted is labels=...")
-        named |= dict(zip(self._parameters, arguments, strict=False))
+        given = dict(zip(self._parameters, arguments, strict=False)) | named
         if return_dict is None:
             return_dict = getattr(model.config, "return_dict", True)
         if labels is None and shift_labels is None:
-            return self._stock(return_dict=return_dict, **named)
+            return self._stock(*arguments, return_dict=return_dict, **named)
         targets, factors = self.targets(labels, shift_labels, token_weights, shift_token_weights, shift=self.shift)
-        if self.encoder_decoder and all(named.get(f"decoder_input{end}") is None for end in ("_ids", "s_embeds")):
+        if self.encoder_decoder and all(given.get(f"decoder_input{end}") is None for end in ("_ids", "s_embeds")):
+            arguments, named = (), given  # a None by position would be in the way
             named["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
-        keep = named.get("logits_to_keep", 0)
+        keep = given.get("logits_to_keep", 0)
         targets = _keep(targets, keep)
         factors = None if factors is None else _keep(factors, keep)
-        if "use_cache" in self._parameters:
-            named.setdefault("use_cache", False)
+        if "use_cache" in self._parameters and "use_cache" not in given:
+            named["use_cache"] = False
 
         if torch.is_grad_enabled() or skip_logits or not self.evaluation_logits:
-            outputs, loss = self._fused(named, targets, factors, num_items_in_batch)
+            outputs, loss = self._fused(arguments, named, targets, factors, num_items_in_batch)
             logits = None
         else:
-            outputs = self._stock(return_dict=True, **named)
+            outputs = self._stock(*arguments, return_dict=True, **named)
             logits = outputs.logits
             loss = self.of_logits(logits, targets, factors, num_items_in_batch)
         if outputs.get("aux_loss") is not None:  # of a mixture of experts, as the models themselves add it
@@ -138,18 +140,23 @@ class LinearLoss(TrainingLoss):
         return outputs if return_dict else outputs.to_tuple()
 
     def _fused(
-        self, named: dict[str, Any], targets: Tensor, factors: Tensor | None, count: Tensor | float | None
+        self,
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+        targets: Tensor,
+        factors: Tensor | None,
+        count: Tensor | float | None,
     ) -> tuple[Any, Tensor]:
         """The outputs, whose logits have no rows, and the loss."""
         head = self.model.get_output_embeddings()
         if hasattr(head, "base_layer"):
             raise ValueError(f"the output layer has an adapter ({_name(head)}); {ADAPTER_REMEDY}")
         call = _Call(self, targets, factors, count)
-        UNDER_WAY.append(call)
+        UNDER_WAY.calls.append(call)
         try:
-            outputs = self._stock(return_dict=True, **named)
+            outputs = self._stock(*arguments, return_dict=True, **named)
         finally:
-            UNDER_WAY.pop()
+            UNDER_WAY.calls.pop()
         if call.loss is None:
             raise RuntimeError(
                 f"{type(self.model).__name__} did not call the output layer that use_pdl_linear_loss prepared: it was "
@@ -180,10 +187,12 @@ class LinearLoss(TrainingLoss):
             logit_scale=self.transform.scale,
         )
 
-    def _stock(self, **named: Any) -> Any:
+    def _stock(self, *arguments: Any, **named: Any) -> Any:
         """What the model did before."""
         forward = self._before[self.model]
-        return type(self.model).forward(self.model, **named) if forward is None else forward(**named)
+        if forward is None:
+            return type(self.model).forward(self.model, *arguments, **named)
+        return forward(*arguments, **named)
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the model does to the products of its output layer
@@ -208,7 +217,8 @@ class LinearLoss(TrainingLoss):
         eps = max(torch.finfo(products.dtype).eps, torch.finfo(torch.float32).eps)
         for transform in self._candidates(has_bias=bias is not None):
             expected = transform(products.float(), None if bias is None else bias[0].float())
-            if (logits - expected).abs().max() <= 8 * eps * expected.abs().max():
+            unchanged = transform == Transform()
+            if (logits - expected).abs().max() <= (0 if unchanged else 2 * eps * expected.abs().max()):
                 return transform, self._shifts(loss, logits)
         raise ValueError(
             f"{type(model).__name__} does something to its logits that is not known here; accepted are a scale, a "
@@ -245,8 +255,14 @@ class _Call:
         self.loss: Tensor | None = None
 
 
-# The output layer finds the call here, and not in an object of its own: PEFT copies output layers.
-UNDER_WAY: list[_Call] = []
+class _UnderWay(threading.local):
+    """Where the output layer finds its call, and not in an object of its own: PEFT copies output layers."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+
+UNDER_WAY = _UnderWay()
 
 
 class _HeadForward:
@@ -254,13 +270,17 @@ class _HeadForward:
 
     def __init__(self, before: Any) -> None:
         self.before = before  # the layer's own forward, where another library replaced it
+        self.bound = isinstance(before, types.MethodType)  # then a copy of the layer can call it as its own
 
     def __call__(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        if UNDER_WAY:
-            UNDER_WAY[-1].owner.take_from(head, hidden, UNDER_WAY[-1])
+        if UNDER_WAY.calls:
+            call = UNDER_WAY.calls[-1]
+            call.owner.take_from(head, hidden, call)
             return F.linear(hidden[..., :0, :], head.weight, head.bias)
-        stock: Tensor = type(head).forward(head, hidden) if self.before is None else self.before(hidden)
-        return stock
+        if self.before is None:
+            return type(head).forward(head, hidden)
+        own: Tensor = self.before.__func__(head, hidden) if self.bound else self.before(hidden)
+        return own
 
 
 ADAPTER_REMEDY = (

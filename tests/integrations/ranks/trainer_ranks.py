@@ -155,9 +155,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gradients_of_shards(name, route, own_output_layer, targets_here):
-    """Two steps of a model whose layers, and whose output layer if `own_output_layer`, are sharded by themselves."""
-    model = make_model(name)
+def with_shards(route, own_output_layer, targets_everywhere):
+    """Two steps of two micro-batches; the layers, and perhaps the output layer, are groups of their own."""
+    model = make_model("llama")
     route(model)
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model.model.layers:
@@ -166,34 +166,24 @@ def gradients_of_shards(name, route, own_output_layer, targets_here):
         fully_shard(model.lm_head, mesh=mesh)
     fully_shard(model, mesh=mesh)
     rows = make_rows(4 * WORLD)
-    mine = rows[RANK::WORLD]
-    if not targets_here and RANK == WORLD - 1:
-        for row in mine:
-            row["labels"] = [-100] * len(row["labels"])
-    batch = collate(mine)
-    count = next_labels(batch["labels"]).ne(-100).sum()
-    dist.all_reduce(count)
-    found = []
-    for _ in range(2):
-        loss = model(**batch, num_items_in_batch=count).loss
-        (loss * WORLD).backward()
-        found.append({name: whole(p.grad).clone() for name, p in model.named_parameters()})
-        model.zero_grad()
-    with torch.no_grad():
-        assert model(**batch).logits.shape[:-1] == batch["labels"].shape
-    return found, rows
-
-
-def with_shards(route, own_output_layer, targets_here, name="llama"):
-    found, rows = gradients_of_shards(name, route, own_output_layer, targets_here)
-    if not targets_here:
+    if not targets_everywhere:
         for row in rows[WORLD - 1 :: WORLD]:
             row["labels"] = [-100] * len(row["labels"])
-    expected = big_batch_gradients(make_model(name), rows, W)
-    for number, gradients in enumerate(found):
+    count = torch.tensor(sum(label != -100 for row in rows for label in row["labels"][1:]))
+    expected = big_batch_gradients(make_model("llama"), rows, W)
+    for number in range(2):
+        for micro in range(2):
+            model.set_requires_gradient_sync(micro == 1)
+            loss = model(**collate(rows[RANK::WORLD][micro::2]), num_items_in_batch=count).loss
+            (loss * WORLD).backward()
+        gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+        model.zero_grad()
         error = relative_error(gradients, expected)
         print(f"  step {number}: relative error of the gradient {error:.1e}")
         assert error < 1e-5, error
+    batch = collate(rows)
+    with torch.no_grad():
+        assert model(**batch).logits.shape[:-1] == batch["labels"].shape
 
 
 if __name__ == "__main__":
@@ -205,9 +195,9 @@ if __name__ == "__main__":
             with_a_rank_without_targets(folder[0], route)
     else:
         dist.init_process_group("gloo")
-        for route, own_output_layer, targets_here in itertools.product(
+        for route, own_output_layer, targets_everywhere in itertools.product(
             (by_loss_function, by_linear_loss), (False, True), (True, False)
         ):
-            print(f"{route.__name__}, own output layer {own_output_layer}, targets {targets_here}")
-            with_shards(route, own_output_layer, targets_here)
+            print(f"{route.__name__}, own output layer {own_output_layer}, targets everywhere {targets_everywhere}")
+            with_shards(route, own_output_layer, targets_everywhere)
         dist.destroy_process_group()
