@@ -4,20 +4,21 @@
 #   scripts/setup.sh test training
 #
 # torch comes first, so that nothing else decides which build of it is installed. A CUDA or ROCm torch that the system
-# already has is used, with the Triton it pins. Set PYTHON to choose the interpreter.
+# already has is used, with the Triton it pins. Training frameworks come in the versions of tests/integrations/pinned.txt,
+# or, with PINS=/dev/null, in the newest that fit. Set PYTHON to choose the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 TORCH=2.13.0        # the version that CPU environments are tested with
+PINS=${PINS:-tests/integrations/pinned.txt}
 CPU_TRITON=3.9.0    # a CPU torch brings no Triton; the interpreter and ahead-of-time compilation need one
 extras=$(IFS=,; echo "$*")
 
 stamp="$VENV/.installed-$(echo "$extras" | tr ',' '-')"
-if [ -f "$stamp" ] && [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt scripts/setup.sh ]; then
-    exit 0
-fi
+newer() { for file in pyproject.toml scripts/setup.sh "$PINS"; do [ "$stamp" -nt "$file" ] || return 1; done; }
+if [ -f "$stamp" ] && newer; then exit 0; fi
 
 accelerated() { "$1" -c 'import sys, torch; sys.exit(not (torch.version.cuda or torch.version.hip))' 2>/dev/null; }
 
@@ -34,7 +35,7 @@ python="$VENV/bin/python"
 if [ "$(uname -s)" = Linux ] && ! accelerated "$python"; then
     "$python" -m pip install -q "triton==$CPU_TRITON"
 fi
-"$python" -m pip install -q -e ".[$extras]"
+"$python" -m pip install -q -c "$PINS" -e ".[$extras]"
 touch "$stamp"
 "$python" - <<'P'
 import torch

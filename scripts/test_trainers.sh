@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of the training frameworks in an environment of its own, with the pinned versions, or with the newest:
+# Runs the tests of the training frameworks, with the pinned versions, or with the newest in an environment of their own:
 #
 #   scripts/test_trainers.sh [pinned|newest] [arguments of pytest]
 #
@@ -8,21 +8,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 which=${1:-pinned}
 shift || true
-pins=tests/integrations/pinned.txt
-export VENV=.venv-trainers
+extras=(test training trl lightning trainers)
+export VENV=${VENV:-.venv}
 case "$which" in
     pinned)
-        if [ -d "$VENV" ] && [ "$pins" -nt "$VENV/pins" ]; then rm -f "$VENV"/.installed-*; fi
-        PIP_CONSTRAINT=$PWD/$pins scripts/setup.sh test training trl lightning trainers
-        touch "$VENV/pins"
+        scripts/setup.sh "${extras[@]}"
         ;;
     newest)
         VENV=.venv-trainers-newest
-        rm -f "$VENV"/.installed-*
-        if [ -x "$VENV/bin/python" ]; then
-            "$VENV/bin/python" -m pip install -q -U accelerate datasets lightning peft transformers trl
-        fi
-        scripts/setup.sh test training trl lightning trainers
+        PINS=/dev/null scripts/setup.sh "${extras[@]}"
+        "$VENV/bin/python" -m pip install -q -U accelerate datasets lightning peft transformers trl
         ;;
     *)
         echo "scripts/test_trainers.sh: $which is given; accepted are pinned and newest" >&2
