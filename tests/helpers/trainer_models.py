@@ -1,4 +1,7 @@
-"""Tiny models of transformers, rows of unequal length for them, and the gradient of one big batch to compare with."""
+"""Tiny models of transformers, rows of unequal length for them, and the gradient of one big batch to compare with.
+
+Their logits begin near 0, where a forgotten softcap or weight hardly shows; those of `sharp_model` are larger.
+"""
 
 import pytest
 import torch
@@ -38,13 +41,35 @@ ENCODER_DECODER = {
         COMMON | {"d_model": 16} | BART_DROPOUTS | BART_SIZES | BART_HEADS,
     ),
 }
+OPT = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "dropout": 0.0}
+MORE_CAUSAL = {
+    "phi": ("PhiForCausalLM", "PhiConfig", DECODER),  # its output layer has a bias
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        DECODER | {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},
+    ),
+    "opt": ("OPTForCausalLM", "OPTConfig", COMMON | OPT),
+}
 
 
 def make_model(name, seed=0, **changes):
     """A tiny model in training mode, the same for the same seed, without dropout."""
-    model, config, options = (CAUSAL | ENCODER_DECODER)[name]
+    model, config, options = (CAUSAL | ENCODER_DECODER | MORE_CAUSAL)[name]
     torch.manual_seed(seed)
     return getattr(transformers, model)(getattr(transformers, config)(**options | changes)).train()
+
+
+def sharp_model(name, **changes):
+    """A model whose logits differ by some units, and whose biases are not 0."""
+    model = make_model(name, **changes)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(20)
+        for bias in (head.bias, getattr(model, "final_logits_bias", None)):
+            if bias is not None:
+                bias.copy_(torch.linspace(-2, 2, bias.shape[-1]))
+    return model
 
 
 def make_weights(seed=0):
@@ -66,6 +91,10 @@ def make_rows(number=8, seed=0, longest=16):
         masked = draw(0, length - 2)
         rows.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
     return rows
+
+
+def without_weights(rows):
+    return [{name: value for name, value in row.items() if name != "token_weights"} for row in rows]
 
 
 def collate(rows, **more):
@@ -95,6 +124,17 @@ def big_batch_gradients(model, rows, weights, count=None):
     total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weight=weights, reduction="sum")
     (total / (targets.ne(-100).sum() if count is None else count)).backward()
     return take_gradients(model)
+
+
+class Gradients(transformers.TrainerCallback):
+    """Keeps the gradient of each optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        self.steps.append(found)
 
 
 def take_gradients(model):

@@ -1,11 +1,14 @@
 """What the tests of the training frameworks share: `--record FILE` writes which of them passed, with which versions."""
 
+import gc
 import json
 import platform
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 FRAMEWORKS = ("torch", "transformers", "trl", "accelerate", "peft", "lightning", "torchtitan", "datasets")
 outcomes = {}
@@ -43,3 +46,37 @@ def pytest_sessionfinish(session):
 def quiet_progress(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """One thread, for models too small for two, which wait for each other; and less garbage to look through: each
+    training collects it, and what is there already is none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def batch():
+    """Rows of unequal length for the tiny models of transformers."""
+    models = pytest.importorskip("helpers.trainer_models", reason="it needs transformers")
+    return models.collate(models.make_rows())
+
+
+@pytest.fixture
+def model():
+    models = pytest.importorskip("helpers.trainer_models", reason="it needs transformers")
+    return models.sharp_model("llama")
