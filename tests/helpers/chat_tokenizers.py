@@ -72,3 +72,10 @@ def make_chat_tokenizer(family="qwen", chat_template=CHATML):
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **FAMILIES[family])
     made.chat_template = chat_template
     return made
+
+
+def tokenizer(side="right"):
+    """One that pads on this side."""
+    made = make_chat_tokenizer()
+    made.padding_side = side
+    return made
