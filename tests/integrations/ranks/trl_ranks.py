@@ -1,4 +1,4 @@
-"""One of several processes in which TRL trains, and the trainers that the tests of one process make, too."""
+"""One of several processes in which TRL trains."""
 
 import sys
 import tempfile
@@ -6,110 +6,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from helpers.chat_tokenizers import make_chat_tokenizer
-from helpers.trainer_models import make_model, relative_error, transformers
+from helpers.trainer_models import relative_error
+from helpers.trl_trainers import IGNORED, TEXTS, V, W, lora, make_trainer, of_batches, train
 from helpers.trl_training import as_dataset, trl
 
-from pdl_kernels.integrations.trl import PDLSFTMixin, PDLSFTTrainer
-
-V = 365  # some more than the tokenizer has entries
-W = 0.1 + 2.9 * torch.rand(V, generator=torch.Generator().manual_seed(0))
-IGNORED = -100
-WORDS = ("weather", "wind", "north", "today", "fine", "whatever", "count", "tokens", "prompts", "helpful", "it", "is")
-TEXTS = [
-    {"text": " ".join(WORDS[(start * 7 + 5 * word) % 12] for word in range(length))}
-    for start, length in enumerate((3, 14, 1, 9, 6, 20, 2, 5))
-]
-ONE_STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}  # for up to 8 rows
-
-
-class Gradients(transformers.TrainerCallback):
-    """Keeps the gradient of each optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **_):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
-def sharp_model(name="llama", width=V, **changes):
-    """A model whose logits differ by some units, so that weights and softcaps show."""
-    model = make_model(name, vocab_size=width, **changes)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(20)
-    return model
-
-
-def make_trainer(folder, rows, trainer=PDLSFTTrainer, *, model=None, pdl=None, more=None, **options):
-    """A trainer of one epoch in which the parameters stay as they are; `pdl` and `more` are for it, options for TRL."""
-    given = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "max_grad_norm": 0.0,
-        "learning_rate": 0.0,
-        "num_train_epochs": 1,
-        "max_length": None,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    named = {"processing_class": make_chat_tokenizer(), **(more or {})}
-    if issubclass(trainer, PDLSFTMixin):
-        named |= {"weights": W, **(pdl or {})}
-    return trainer(
-        sharp_model() if model is None else model,
-        trl.SFTConfig(output_dir=str(folder), **given | ONE_STEP | options),
-        train_dataset=as_dataset(rows),
-        **named,
-    )
-
-
-def train(*arguments, **named):
-    """The trainer after its epoch, and the gradients of its steps."""
-    gradients = Gradients()
-    trainer = make_trainer(*arguments, **named)
-    trainer.add_callback(gradients)
-    trainer.train()
-    return trainer, gradients.steps
-
-
-def take_gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def of_batches(trainer, batches, weights=W, count=None):
-    """Loss and gradients of sum_i w(y_i) u_i ce_i / n over all of these batches, from logits, by torch's functions."""
-    total, number = 0.0, 0
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "token_weights")}
-        logits = trainer.model(**inputs, use_cache=False).logits[:, :-1]
-        targets = batch["labels"][:, 1:]
-        per_token = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), weight=weights, reduction="none")
-        if "token_weights" in batch:
-            per_token = per_token * batch["token_weights"][:, 1:].flatten()
-        total = total + per_token.sum()
-        number += int(targets.ne(IGNORED).sum())
-    loss = total / (number if count is None else count)
-    loss.backward()
-    return loss.item(), take_gradients(trainer.model)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes
-
-
-def lora():
-    import peft
-
-    torch.manual_seed(0)
-    return peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+from pdl_kernels.integrations.trl import PDLSFTTrainer
 
 
 def rows_of_tokens():
@@ -131,7 +32,7 @@ CASES = {
     "token weights": (rows_of_tokens(), {"pdl": {"token_weights": "u"}}),
     "packing": (TWELVE, {"packing": True, "max_length": 24}),
     "padding-free": (TWELVE, {"padding_free": True, "per_device_train_batch_size": 3}),
-    "lora": (TWELVE, {"more": {"peft_config": lora()}}),
+    "lora": (TWELVE, {"adapters": lora}),
     "checkpointing": (TWELVE, {"gradient_checkpointing": True}),
     "a mean for each process": (TWELVE, {"average_tokens_across_devices": False}),
 }
@@ -161,6 +62,8 @@ def check_case(name, folder):
     """The gradient is that of all batches of all processes at once, in one process."""
     rows, options = CASES[name]
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8} | options
+    if "adapters" in options:  # made here, since only this case needs peft
+        options["more"] = {"peft_config": options.pop("adapters")()}
     trainer, steps = train(folder, rows, Recording, **options)
     assert len(steps) == 1
     seen = [[usable(batch) for batch in part] for part in from_all(trainer.batches)]
