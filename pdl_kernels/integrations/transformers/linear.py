@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 import os
 import threading
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pdl_kernels.integrations.training_loss import TrainingLoss
+from pdl_kernels.integrations.transformers.output_layer import ADAPTER_REMEDY, find_transform, name_of, output_layer
 from pdl_kernels.integrations.versions import warn_if_untested
-
-# Where configurations keep a factor of the logits, or what they are divided by.
-SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-class Transform(NamedTuple):
-    """From the output layer's products z to logits: softcap * tanh(scale * z / softcap) + bias."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    bias: bool = False  # the model's `final_logits_bias` is added
-
-    def __call__(self, products: Tensor, bias: Tensor | None) -> Tensor:
-        logits = self.scale * products
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if bias is None else logits + bias
 
 
 class LinearLoss(TrainingLoss):
@@ -47,7 +27,7 @@ class LinearLoss(TrainingLoss):
                 raise ValueError(f"{name} is given; accepted is what the model does to its logits, which is found out")
         super().__init__(weights, linear=True, **options)
         self.evaluation_logits = evaluation_logits
-        self.head = _output_layer(model)
+        self.head = output_layer(model)
         self.model = model
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         if self.table is not None and len(self.table) != len(self.head.weight):
@@ -57,11 +37,9 @@ class LinearLoss(TrainingLoss):
             )
         self._parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self._before = {module: module.__dict__.get("forward") for module in (model, self.head)}
-        self.transform, self.shift = self._find_transform()
-        _replace_forward(
-            model, lambda module, *arguments, **named: module.pdl_linear_loss._of_model(*arguments, **named)
-        )
-        _replace_forward(self.head, _HeadForward(self._before[self.head]))
+        self.transform, self.shift = find_transform(model, self.head)
+        for module, forward in ((model, _model_forward), (self.head, _HeadForward(self._before[self.head]))):
+            module.forward = _Replaced(module, forward)  # type: ignore[method-assign]
         model.pdl_linear_loss = self
         self._took_counts = model.__dict__.get("accepts_loss_kwargs")
         model.accepts_loss_kwargs = True  # the Trainer gives the number of targets to models that say so
@@ -150,7 +128,7 @@ class LinearLoss(TrainingLoss):
         """The outputs, whose logits have no rows, and the loss."""
         head = self.model.get_output_embeddings()
         if hasattr(head, "base_layer"):
-            raise ValueError(f"the output layer has an adapter ({_name(head)}); {ADAPTER_REMEDY}")
+            raise ValueError(f"the output layer has an adapter ({name_of(head)}); {ADAPTER_REMEDY}")
         call = _Call(self, targets, factors, count)
         UNDER_WAY.calls.append(call)
         try:
@@ -194,58 +172,6 @@ class LinearLoss(TrainingLoss):
             return type(self.model).forward(self.model, *arguments, **named)
         return forward(*arguments, **named)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # What the model does to the products of its output layer
-
-    @torch.no_grad()
-    def _find_transform(self) -> tuple[Transform, bool]:
-        """Feed the model products of its output layer that are known: what logits come of them, and which labels count.
-
-        Returns the transform, and whether position i predicts label i + 1.
-        """
-        model, head = self.model, self.head
-        if head.weight.device.type == "meta":
-            raise ValueError("the model is on the meta device; accepted is one with its weights loaded")
-        products = torch.linspace(-100, 100, len(head.weight), device=head.weight.device, dtype=head.weight.dtype)
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-        inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if self.encoder_decoder else {})
-        with _evaluating(model), _forward_of(head, lambda hidden: products.expand(*hidden.shape[:-1], -1)):
-            logits = model(**inputs, return_dict=True).logits[0, -1].float()  # (V,)
-            labels = torch.tensor([[0, len(products) - 1]], device=model.device)
-            loss = model(**inputs, labels=labels, return_dict=True).loss
-        bias = getattr(model, "final_logits_bias", None)  # (1, V) of BART and its kind
-        eps = max(torch.finfo(products.dtype).eps, torch.finfo(torch.float32).eps)
-        for transform in self._candidates(has_bias=bias is not None):
-            expected = transform(products.float(), None if bias is None else bias[0].float())
-            unchanged = transform == Transform()
-            if (logits - expected).abs().max() <= (0 if unchanged else 2 * eps * expected.abs().max()):
-                return transform, self._shifts(loss, logits)
-        raise ValueError(
-            f"{type(model).__name__} does something to its logits that is not known here; accepted are a scale, a "
-            "softcap and final_logits_bias, as the configuration names them: use pdl_loss_function for this model"
-        )
-
-    def _shifts(self, loss: Tensor | None, logits: Tensor) -> bool:
-        """Whether the model's loss of the labels 0 and V - 1 at two equal rows of logits is that of V - 1 alone."""
-        first, last = (
-            F.cross_entropy(logits, torch.tensor(label, device=logits.device)) for label in (0, -1 % len(logits))
-        )
-        for shift, expected in ((True, last), (False, (first + last) / 2)):
-            if loss is not None and (loss - expected).abs() <= 0.1 * (first - last).abs():
-                return shift
-        raise ValueError(
-            f"{type(self.model).__name__} has a loss that is neither that of a causal model nor of an encoder-decoder; "
-            "accepted are language models"
-        )
-
-    def _candidates(self, has_bias: bool) -> Iterator[Transform]:
-        text = self.model.config.get_text_config()
-        scales = [float(value) for name in SCALES if isinstance(value := getattr(text, name, None), (int, float))]
-        scales = [scale for scale in scales if scale > 0 and math.isfinite(scale)]
-        for scale in dict.fromkeys([1.0, *scales, *(1 / scale for scale in scales)]):
-            for softcap in dict.fromkeys([None, getattr(text, "final_logit_softcapping", None)]):
-                yield Transform(scale, softcap, has_bias)
-
 
 class _Call:
     """A training call that is under way."""
@@ -263,6 +189,10 @@ class _UnderWay(threading.local):
 
 
 UNDER_WAY = _UnderWay()
+
+
+def _model_forward(model: Any, *arguments: Any, **named: Any) -> Any:
+    return model.pdl_linear_loss._of_model(*arguments, **named)
 
 
 class _HeadForward:
@@ -283,85 +213,26 @@ class _HeadForward:
         return own
 
 
-ADAPTER_REMEDY = (
-    "its share would get no gradient; accepted is an output layer without one: leave it out of target_modules, or name "
-    "it in modules_to_save"
-)
+class _Replaced:
+    """In the place of a module's `forward`, with the signature that Trainer, PEFT and generate look at.
 
+    A method would do but for pickle, which looks methods up in the class and would find the model's own.
+    """
 
-def _output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The output layer, where the loss can take its place. ValueError that names what it is otherwise."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {_name(model)}; accepted is a PreTrainedModel: call use_pdl_linear_loss before "
-            "get_peft_model, DistributedDataParallel and the like"
-        )
-    if getattr(model, "pdl_linear_loss", None) is not None:
-        raise ValueError("model trains without logits already; accepted is one after .undo()")
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model is a {_name(model)}, which has no output layer; accepted are language models")
-    if hasattr(head, "base_layer"):
-        raise ValueError(f"the output layer has an adapter ({_name(head)}); {ADAPTER_REMEDY}")
-    if type(head) is not nn.Linear:
-        raise ValueError(
-            f"the output layer is a {_name(head)} (quantised, or of another kind); accepted is a plain torch.nn.Linear"
-        )
-    if hasattr(head.weight, "device_mesh"):
-        raise ValueError(
-            "the output layer is sharded (its weight is a DTensor); accepted is a whole one: keep it out of tensor "
-            "parallelism, and call use_pdl_linear_loss before fully_shard"
-        )
-    if type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
-        raise ValueError(
-            f"the output layer has a weight of type {type(head.weight).__name__}, {head.weight.dtype}, quantised or of "
-            "another kind; accepted is a plain floating parameter"
-        )
-    return head
+    def __init__(self, module: nn.Module, forward: Any) -> None:
+        self.module, self.forward = module, forward
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.forward(self.module, *arguments, **named)
 
-def _name(module: Any) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
-
-def _replace_forward(module: nn.Module, forward: Any) -> None:
-    """Have `forward(module, ...)` called, with the signature that Trainer, PEFT and generate look at."""
-    stock = type(module).forward
-
-    @functools.wraps(stock)
-    def replaced(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        return forward(self, *arguments, **named)
-
-    # accelerate takes wrappers off as long as there is something under them, and would take this one off, too.
-    del replaced.__wrapped__
-    replaced.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
-
-    module.forward = types.MethodType(replaced, module)
-
-
-@contextmanager
-def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Replace a module's forward for a while."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode for a while, so that no random number is drawn."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    @property
+    def __func__(self) -> Any:
+        """What accelerate binds to the model anew, inside a wrapper of its own."""
+        return self.forward
 
 
 def _keep(values: Tensor, logits_to_keep: int | Tensor) -> Tensor:
