@@ -11,8 +11,8 @@ help:
 	@echo "                      OPTIONS='--loss linear' trains with the loss fused with the output layer"
 	@echo "make test             run the tests, with or without a GPU"
 	@echo "make test-compiled    execute the compiled kernels without a GPU (Python >= 3.12, in a second environment)"
-	@echo "make test-trainers    run the tests of the training frameworks, with pinned versions, in environments of their own"
-	@echo "make test-trainers-newest  the same with the newest versions of everything but torchtitan"
+	@echo "make test-trainers    run the tests of the training frameworks, with pinned versions, processes included"
+	@echo "make test-trainers-newest  the same with the newest versions of everything but torchtitan, in a second environment"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
@@ -43,11 +43,11 @@ test-compiled:
 	scripts/test_compiled.sh
 
 test-trainers:
-	scripts/test_trainers.sh pinned
+	scripts/test_trainers.sh pinned $(OPTIONS)
 	scripts/test_torchtitan.sh
 
 test-trainers-newest:
-	scripts/test_trainers.sh newest
+	scripts/test_trainers.sh newest $(OPTIONS)
 
 bench:
 	scripts/setup.sh test benchmark

@@ -89,6 +89,7 @@ def trainer_arguments(folder: str) -> dict[str, Any]:
         "output_dir": folder,
         "per_device_train_batch_size": ROWS,
         "max_steps": STEPS,
+        "train_sampling_strategy": "sequential",
         "logging_steps": 1,
         "optim": "sgd",
         "use_cpu": not torch.cuda.is_available(),
@@ -148,6 +149,99 @@ def train_with_trl(folder: str, peak: StepPeak, route: str) -> float:
     return trainer.state.log_history[0]["loss"]
 
 
+def batches() -> list[dict[str, torch.Tensor]]:
+    """One for each step."""
+    ids = torch.tensor([row["input_ids"] for row in rows()]).split(ROWS)
+    return [{"input_ids": step, "labels": step} for step in ids]
+
+
+def train_with_lightning(folder: str, peak: StepPeak, route: str) -> float:
+    import lightning
+
+    from pdl_kernels.integrations.lightning import PDLLightningMixin
+    from pdl_kernels.integrations.transformers import use_pdl_linear_loss
+
+    class Plain(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = make_model()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss: torch.Tensor = self.network(**batch).loss
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Weighted(PDLLightningMixin, Plain):
+        training_step = PDLLightningMixin.training_step
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.configure_pdl(use_pdl_linear_loss(self.network, weights()) if route == "linear" else weights())
+
+        def logits_of(self, batch: Any) -> torch.Tensor:
+            return self.network(batch["input_ids"]).logits
+
+    losses = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, *_: Any, **__: Any) -> None:
+            peak.begin()
+
+        def on_before_optimizer_step(self, *_: Any, **__: Any) -> None:
+            peak.end()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+            losses.append(float(trainer.callback_metrics["train_loss"]))
+
+    trainer = lightning.Trainer(
+        accelerator="auto" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=[Watch()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(Plain() if route == "stock" else Weighted(), torch.utils.data.DataLoader(batches(), batch_size=None))
+    return losses[0]
+
+
+def train_with_accelerate(folder: str, peak: StepPeak, route: str) -> float:
+    """The loop of docs/training_accelerate.md, with one micro-batch in one process."""
+    import accelerate
+    import torch.nn.functional as F
+
+    from pdl_kernels import pdl_cross_entropy
+    from pdl_kernels.integrations.transformers import use_pdl_linear_loss
+
+    accelerator, model = accelerate.Accelerator(cpu=not torch.cuda.is_available()), make_model()
+    if route == "linear":
+        use_pdl_linear_loss(model, weights())
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    table = weights().to(accelerator.device)
+    losses = []
+    for cpu_batch in batches():
+        peak.begin()
+        batch = {name: ids.to(accelerator.device) for name, ids in cpu_batch.items()}
+        n = batch["labels"][:, 1:].ne(-100).sum()
+        if route == "logits":
+            targets = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+            loss = pdl_cross_entropy(model(input_ids=batch["input_ids"]).logits, targets, table, normalizer=n)
+        else:
+            loss = model(**batch, num_items_in_batch=n).loss
+        accelerator.backward(loss)
+        peak.end()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0]
+
+
 # Name: (what trains, its argument, whether it is PDL).
 WAYS: dict[str, tuple[Callable[[str, StepPeak, str], float], str, bool]] = {
     "transformers, cross entropy": (train_with_transformers, "stock", False),
@@ -156,6 +250,12 @@ WAYS: dict[str, tuple[Callable[[str, StepPeak, str], float], str, bool]] = {
     "transformers, use_pdl_linear_loss": (train_with_transformers, "linear", True),
     "trl, cross entropy": (train_with_trl, "stock", False),
     "trl, PDLSFTTrainer": (train_with_trl, "pdl", True),
+    "lightning, cross entropy": (train_with_lightning, "stock", False),
+    "lightning, logits": (train_with_lightning, "logits", True),
+    "lightning, use_pdl_linear_loss": (train_with_lightning, "linear", True),
+    "accelerate, cross entropy": (train_with_accelerate, "stock", False),
+    "accelerate, logits": (train_with_accelerate, "logits", True),
+    "accelerate, use_pdl_linear_loss": (train_with_accelerate, "linear", True),
 }
 
 
@@ -203,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(problem, file=sys.stderr)
         return 1
     logits = ROWS * LENGTH * V * 4
-    versions = {name: version(name) for name in ("transformers", "trl", "accelerate")}
+    versions = {name: version(name) for name in ("transformers", "trl", "accelerate", "lightning")}
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts = {"environment": environment() | versions | {"device": device}, "logits_bytes": logits}
     facts |= {"tokens": ROWS * LENGTH, "vocab_size": V, "hidden_size": HIDDEN}

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 which=${1:-pinned}
 shift || true
-extras=(test training trl lightning trainers)
+extras=(test training cli dev)  # those of `make test`
 export VENV=${VENV:-.venv}
 case "$which" in
     pinned)
@@ -16,6 +16,7 @@ case "$which" in
         ;;
     newest)
         VENV=.venv-trainers-newest
+        extras=(test training)
         PINS=/dev/null scripts/setup.sh "${extras[@]}"
         "$VENV/bin/python" -m pip install -q -U accelerate datasets lightning peft transformers trl
         ;;

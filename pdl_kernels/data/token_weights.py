@@ -6,7 +6,7 @@ know that they are there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -57,6 +57,11 @@ def split(codes: Tensor) -> tuple[Tensor, Tensor]:
     labels = torch.where(ignored, IGNORED, codes & LABEL_MASK)
     factors = (codes >> LABEL_BITS).to(torch.int32).view(torch.float32)
     return labels, torch.where(ignored, 0.0, factors)
+
+
+def holds_factors(labels: Iterable[int]) -> bool:
+    """Whether `join` made these: a factor other than 0 is in the upper half of one of them."""
+    return any(label < IGNORED or label > LABEL_MASK for label in labels)
 
 
 def message_factors(

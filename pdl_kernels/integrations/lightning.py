@@ -50,7 +50,8 @@ class PDLLightningMixin(LightningModule):
     needs no `logits_of`.
 
     Logged are "train_loss" of each step, and every `log_every_n_steps` steps, over all their targets, "train_nll"
-    (unweighted, in nats), "train_accuracy" and "train_mean_weight". "val_loss" is the unweighted mean over all targets
+    (unweighted, in nats), "train_perplexity", "train_accuracy", "train_mean_weight" and "train_effective_sample_share",
+    as in `PDLCallback`. "val_loss" is the unweighted mean over all targets
     of all processes; rows that a DistributedSampler repeats, to give each process as many, count again. Checkpoints
     keep the weights. Hooks that a model overrides have to call `super()`.
 
@@ -183,10 +184,8 @@ class PDLLightningMixin(LightningModule):
         self.log("train_loss", total / targets, prog_bar=True)
         every = self.trainer.log_every_n_steps
         if every and (self.trainer.global_step + 1) % every == 0:  # reading a record waits for the device
-            record = self._loss().take_record()
-            n = max(record.targets, 1)
-            means = {"nll": record.nll / n, "accuracy": record.correct / n, "mean_weight": record.factors / n}
-            self.log_dict({f"train_{name}": mean for name, mean in means.items()})
+            numbers = self._loss().take_record().statistics()
+            self.log_dict({f"train_{name}": number for name, number in numbers.items()})
         super().on_before_optimizer_step(optimizer)
 
     def on_validation_epoch_start(self) -> None:

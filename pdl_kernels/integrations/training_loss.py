@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,20 @@ class Record(NamedTuple):
     never_counted: float  # targets that the counts of the callback do not hold
     calls: float  # number of calls with a gradient
     with_token_weights: float  # of these calls, those that had token weights
+
+    def statistics(self) -> dict[str, float]:
+        """What is logged of a record; {} of one without targets."""
+        n = self.targets
+        if n == 0:
+            return {}
+        nll = self.nll / n
+        return {
+            "nll": nll,
+            "perplexity": math.exp(nll) if nll < 700 else math.inf,
+            "accuracy": self.correct / n,
+            "mean_weight": self.factors / n,
+            "effective_sample_share": self.factors**2 / (n * self.squared_factors) if self.squared_factors else 0.0,
+        }
 
 
 class TrainingLoss:

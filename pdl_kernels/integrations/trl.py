@@ -16,7 +16,7 @@ from trl import SFTTrainer
 
 from pdl_kernels.data.batches import RowName
 from pdl_kernels.data.chats import ChatTemplate
-from pdl_kernels.data.token_weights import has_message_weights, join, message_factors
+from pdl_kernels.data.token_weights import has_message_weights, holds_factors, join, message_factors
 from pdl_kernels.integrations.token_weights import split_batch
 from pdl_kernels.integrations.training_loss import TrainingLoss
 from pdl_kernels.integrations.transformers.callback import PDLCallback
@@ -26,7 +26,7 @@ from pdl_kernels.weights.schedule import WeightSchedule
 from pdl_kernels.weights.weighting import Weighting
 
 MESSAGES = "messages"  # the value of `token_weights` that means the `weight` of chat messages
-LOOKED_AT = 100  # rows, for weights of messages that nobody uses
+LOOKED_AT = 100  # rows, for weights that nobody uses, and for those that are in the labels already
 COMPARED_LOSSES = 3  # of training, and as many of evaluation: TRL's sum is compared with what it has to be
 
 
@@ -52,6 +52,11 @@ class FusedHeadLoss(TrainingLoss):
             )
         if factors is not None and shift_labels is not None:
             raise ValueError("token_weights are given beside shift_labels, which are shifted already; accepted is one")
+        if factors is not None and factors[:, 1:].shape != log_probs.shape:
+            raise ValueError(
+                f"token_weights have shape {tuple(factors.shape)} where the model has {log_probs.shape[1] + 1} tokens "
+                "in a row; accepted are models that add none, as prompt tuning does"
+            )
         training = torch.is_grad_enabled()
         if not training and not self.weighted_evaluation:
             return outputs
@@ -117,8 +122,6 @@ class PDLSFTMixin:
         **named: Any,
     ) -> None:
         warn_if_untested("trl")
-        if named.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func is given, which would take the place of PDL; accepted is None")
         self.pdl_loss = FusedHeadLoss(weights, weighted_evaluation=weighted_evaluation)
         self._token_weights = token_weights
         self._weighted_sum: Tensor | None = None  # of the log-probabilities of the call under way
@@ -139,6 +142,8 @@ class PDLSFTMixin:
 
     def _check_arguments(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
+        if self.compute_loss_func is not None:  # type: ignore[attr-defined]
+            raise ValueError("compute_loss_func is given, which would take the place of PDL; accepted is None")
         if args.loss_type != "nll":
             raise ValueError(f"loss_type is {args.loss_type!r}; accepted is 'nll', whose log-probabilities PDL weighs")
         if args.label_smoothing_factor:
@@ -229,16 +234,14 @@ class PDLSFTMixin:
                     stacklevel=2,
                 )
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if getattr(dataset, "pdl_token_weights", False):  # prepared here before
+        if any(holds_factors(row.get("labels", ())) for row in islice(dataset, LOOKED_AT)):  # prepared here before
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # First the labels of whole rows; then, with their weights inside, what cuts, packs and shuffles them.
         whole = copy.copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         labelled = prepare(dataset, processing_class, whole, False, formatting_func, dataset_name)
         joined = labelled.map(self._joiner(labelled, processing_class, dataset_name))
-        prepared = prepare(joined, processing_class, args, packing, None, dataset_name)
-        prepared.pdl_token_weights = True
-        return prepared
+        return prepare(joined, processing_class, args, packing, None, dataset_name)
 
     def _joiner(self, dataset: Any, tokenizer: Any, name: str) -> Callable[[Any], dict[str, Any]]:
         """A function of a row with `input_ids` and `labels`: its labels with the weights inside."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -233,7 +232,7 @@ class PDLCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        numbers = statistics(self.loss.take_record())
+        numbers = self.loss.take_record().statistics()
         self._checked = (0.0, *self._checked[1:])
         logs.update(numbers)
         state.log_history[-1].update(numbers)
@@ -256,18 +255,3 @@ class PDLCallback(TrainerCallback):
 def _digest(table: Tensor | None) -> str:
     """What tells tables from each other."""
     return "none" if table is None else hashlib.sha256(table.numpy().tobytes()).hexdigest()
-
-
-def statistics(record: Record) -> dict[str, float]:
-    """What is logged of a record; {} of one without targets."""
-    n = record.targets
-    if n == 0:
-        return {}
-    nll = record.nll / n
-    return {
-        "nll": nll,
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "accuracy": record.correct / n,
-        "mean_weight": record.factors / n,
-        "effective_sample_share": record.factors**2 / (n * record.squared_factors) if record.squared_factors else 0.0,
-    }
