@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test test-compiled test-trainers test-trainers-newest weights bench rehearsal roofline lint
-.PHONY: test-oldest test-triton-3.6 clean
+.PHONY: help demo test test-compiled weights bench rehearsal roofline lint
+.PHONY: test-trainers test-trainers-oldest test-trainers-newest test-oldest test-triton-3.6 clean
 
 help:
 	@echo "make demo             fine-tune a small language model with PDL and show what it did (about 10 minutes);"
@@ -12,7 +12,7 @@ help:
 	@echo "make test             run the tests, with or without a GPU"
 	@echo "make test-compiled    execute the compiled kernels without a GPU (Python >= 3.12, in a second environment)"
 	@echo "make test-trainers    run the tests of the training frameworks, with pinned versions, processes included"
-	@echo "make test-trainers-newest  the same with the newest versions of everything but torchtitan, in a second environment"
+	@echo "make test-trainers-oldest, make test-trainers-newest  the same, but torchtitan, with the oldest versions or the newest"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
@@ -45,6 +45,9 @@ test-compiled:
 test-trainers:
 	scripts/test_trainers.sh pinned $(OPTIONS)
 	scripts/test_torchtitan.sh
+
+test-trainers-oldest:
+	scripts/test_trainers.sh oldest $(OPTIONS)
 
 test-trainers-newest:
 	scripts/test_trainers.sh newest $(OPTIONS)

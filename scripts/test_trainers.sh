@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests of the training frameworks, with the pinned versions, or with the newest in an environment of their own:
+# Runs the tests of the training frameworks with the pinned versions, or, in an environment of their own, with the oldest
+# that they pass with or the newest there are:
 #
-#   scripts/test_trainers.sh [pinned|newest] [arguments of pytest]
+#   scripts/test_trainers.sh [pinned|oldest|newest] [arguments of pytest]
 #
 # torchtitan, which wants an older `datasets`, has another environment: see test_torchtitan.sh.
 set -euo pipefail
@@ -14,6 +15,11 @@ case "$which" in
     pinned)
         scripts/setup.sh "${extras[@]}"
         ;;
+    oldest)
+        VENV=.venv-trainers-oldest
+        extras=(test training)
+        PINS=tests/integrations/oldest.txt scripts/setup.sh "${extras[@]}"
+        ;;
     newest)
         VENV=.venv-trainers-newest
         extras=(test training)
@@ -21,7 +27,7 @@ case "$which" in
         "$VENV/bin/python" -m pip install -q -U accelerate datasets lightning peft transformers trl
         ;;
     *)
-        echo "scripts/test_trainers.sh: $which is given; accepted are pinned and newest" >&2
+        echo "scripts/test_trainers.sh: $which is given; accepted are pinned, oldest and newest" >&2
         exit 2
         ;;
 esac

@@ -1,6 +1,7 @@
 """Several gloo processes on a CPU, started as torchrun starts them."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -9,11 +10,21 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 
 
+def free_port():
+    """Below those that the system hands out by itself, gloo's own among them: nobody takes it before rank 0 does."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError("no port is free")
+
+
 def run_ranks(number, script, *arguments, timeout=240):
     """Run a Python file in `number` processes and wait for them; an error shows what the ranks said."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = {
         "WORLD_SIZE": str(number),
         "LOCAL_WORLD_SIZE": str(number),

@@ -246,7 +246,6 @@ def test_the_loss_of_a_copy_is_its_own(batch):
     assert twin.pdl_linear_loss.read_record().calls == 1
 
 
-@pytest.mark.xfail(reason="pickle keeps bound methods by name: the forward of the class", strict=True)
 def test_a_pickled_model(batch):
     """As a process that is spawned gets it: it trains with PDL, and not silently without."""
     model = patched("llama")
