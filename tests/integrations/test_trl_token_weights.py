@@ -246,6 +246,29 @@ def test_data_that_was_prepared_may_be_given_to_evaluate(fit, tmp_path):
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("change", ["shuffle", "select", "copy"])
+def test_prepared_data_that_were_changed_since(change, tmp_path):
+    """Nothing but their labels says that the weights are inside."""
+    rows = token_rows()
+    pdl = {"token_weights": "u", "weighted_evaluation": True}
+    trainer = make_trainer(tmp_path, rows, pdl=pdl, more={"eval_dataset": as_dataset(rows)}, eval_packing=False)
+    changed = {
+        "shuffle": lambda data: data.shuffle(seed=0),
+        "select": lambda data: data.select(range(len(data))),
+        "copy": lambda data: as_dataset(data.to_list()),
+    }[change](trainer.eval_dataset)
+    trainer.args.per_device_eval_batch_size = len(rows)  # a mean over batches depends on their order
+    expected = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(changed)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_prompt_tuning_adds_tokens_without_weights(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="token_weights have shape .* accepted are models that add none"):
+        train(tmp_path, token_rows(), pdl={"token_weights": "u"}, more={"peft_config": config})
+
+
 each_stream = pytest.mark.parametrize("form", ["of a data set", "of a generator"])
 
 
