@@ -11,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("torchtitan")
 
 from helpers.ranks import run_ranks
+from helpers.traffic_counters import Allocations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig, ConfigManager
@@ -314,6 +315,15 @@ def test_options_from_the_command_line(file, monkeypatch):
     assert isinstance(loss, PDLLinearCrossEntropyLoss)
     assert torch.equal(loss.loss.table, W)
     assert loss.loss.options["chunk_size"] == 64
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_no_logits_of_all_tokens(route, batch, file):
+    """In forward and backward, with chunks of 4 of 24 tokens; logits, to show that the watch sees them."""
+    loss = build(route, batch[1], file, **({"chunk_size": 4} if route == "linear" else {}))
+    with Allocations() as allocated:
+        step_of(loss, batch, torch.tensor(50))
+    assert bool(allocated.large(B * L * V)) == (route == "logits")
 
 
 @pytest.mark.parametrize("route", ["logits", "linear"])

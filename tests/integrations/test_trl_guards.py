@@ -115,7 +115,7 @@ def test_a_loss_function_by_its_position(tmp_path):
         logits = outputs.logits[:, :-1].flatten(0, 1)
         return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
-    with pytest.raises(ValueError, match="compute_loss_func is given, .*; accepted is None"):
+    with pytest.raises(ValueError, match=r"compute_loss_func is given, .*; accepted is None"):
         PDLSFTTrainer(sharp_model(), arguments, None, data, None, tokenizer, loss, weights=W)
 
 

@@ -265,7 +265,7 @@ def test_prepared_data_that_were_changed_since(change, tmp_path):
 def test_prompt_tuning_adds_tokens_without_weights(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match="token_weights have shape .* accepted are models that add none"):
+    with pytest.raises(ValueError, match=r"token_weights have shape .* accepted are models that add none"):
         train(tmp_path, token_rows(), pdl={"token_weights": "u"}, more={"peft_config": config})
 
 
