@@ -33,7 +33,8 @@ def join(labels: Any, factors: Any, where: str) -> Integers:
     ids = np.asarray(labels, np.int64)
     misfit = ids[(ids != IGNORED) & ((ids < 0) | (ids > LABEL_MASK))]
     if len(misfit):
-        raise ValueError(f"{where}: a label is {misfit[0]}; accepted are class indices and {IGNORED}")
+        inside = " (token weights are inside already)" if holds_factors(misfit.tolist()) else ""
+        raise ValueError(f"{where}: a label is {misfit[0]}{inside}; accepted are class indices and {IGNORED}")
     try:
         given = np.asarray(factors)
         if given.dtype.kind in "US":

@@ -126,7 +126,13 @@ class PDLLightningMixin(LightningModule):
         """
         loss: Any = self._loss()
         if hasattr(loss, "model"):  # of use_pdl_linear_loss: the model calls it
-            mean: Tensor = loss.model(**batch, num_items_in_batch=count, skip_logits=True).loss
+            outputs = loss.model(**batch, num_items_in_batch=count, skip_logits=True)
+            if outputs.get("aux_loss") is not None:
+                raise ValueError(
+                    f"{type(loss.model).__name__} adds a router loss, which is no sum over targets; accepted is "
+                    "output_router_logits=False"
+                )
+            mean: Tensor = outputs.loss
         else:
             mean = loss.of_logits(self.logits_of(batch), *self.targets_of(batch), count)
         return mean

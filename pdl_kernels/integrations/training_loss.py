@@ -77,6 +77,7 @@ class TrainingLoss:
         table: (V,) float32 on the CPU, or None.
         saved: what the weights' file held, or None.
         forwards, backwards: training calls recorded, and those of them whose gradient came back.
+        uncounted: training calls recorded that were not given the number of targets of the whole step.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class TrainingLoss:
         self._copies: dict[torch.device, Tensor] = {}  # of the table, where it was needed
         self._seen: Tensor | None = None  # (V,) bool, which classes the counts hold
         self._totals: Tensor | None = None  # (8,): see TOTALS; None while no record is kept
-        self.forwards = self.backwards = 0
+        self.forwards = self.backwards = self.uncounted = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Weights
@@ -140,7 +141,12 @@ class TrainingLoss:
 
     def problem_of(self, arguments: Any, model: Any) -> str | None:
         """What in the training arguments or the model would keep this loss from being right, or None."""
-        return None
+        if self.ignore_index == -100:
+            return None
+        return (
+            f"ignore_index is {self.ignore_index}, and the Trainer counts as targets what is not -100; accepted is "
+            "-100: have the collator pad labels with it"
+        )
 
     def why_not_called(self, model: Any) -> str:
         """Why a step may have passed without a call."""
@@ -223,14 +229,16 @@ class TrainingLoss:
         else:
             table = token_weights = None
             options = {name: value for name, value in options.items() if name not in OF_TRAINING}
+        recorded = training and self._totals is not None
         if count is None:
             count = targets.ne(self.ignore_index).sum()
+            if recorded and not torch.compiler.is_compiling():
+                self.uncounted += 1
         elif dist.is_available() and dist.is_initialized():
             # Data parallel training averages gradients, and who divides by the targets of all processes undoes that.
             options = {"expected_upstream": float(dist.get_world_size())} | options
         if isinstance(count, Tensor) and count.dim() > 0:  # of nn.DataParallel: the same for every replica
             count = count.flatten()[0]
-        recorded = training and self._totals is not None
         options |= {"normalizer": count, "token_weights": token_weights}
         found = function(*inputs, targets, table, return_stats=recorded, **options)
         if not recorded:

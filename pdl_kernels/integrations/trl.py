@@ -33,6 +33,8 @@ COMPARED_LOSSES = 3  # of training, and as many of evaluation: TRL's sum is comp
 class FusedHeadLoss(TrainingLoss):
     """PDL on the log-probabilities that TRL's fused output layer finds."""
 
+    needs_token_weights = False  # every batch has them
+
     def why_not_called(self, model: Any) -> str:
         return "the model's forward was replaced, or TRL does not call it with fused_lm_head=True any more"
 
@@ -57,6 +59,11 @@ class FusedHeadLoss(TrainingLoss):
                 f"token_weights have shape {tuple(factors.shape)} where the model has {log_probs.shape[1] + 1} tokens "
                 "in a row; accepted are models that add none, as prompt tuning does"
             )
+        if factors is None and self.needs_token_weights:
+            raise RuntimeError(
+                "the batches have token weights that did not reach the loss; accepted is the data_collator that the "
+                "trainer made, whose token_weights go to the model"
+            )
         training = torch.is_grad_enabled()
         if not training and not self.weighted_evaluation:
             return outputs
@@ -66,7 +73,7 @@ class FusedHeadLoss(TrainingLoss):
         table = self.weights_on(log_probs.device)
         weighted = log_probs
         if table is not None:
-            weighted = weighted * table[targets.clamp(0, len(table) - 1)]
+            weighted = weighted * table[torch.where(mask, targets, 0)]
         if factors is not None:
             weighted = weighted * factors
         if training:
@@ -137,6 +144,7 @@ class PDLSFTMixin:
                 )
             collator: Callable[[list[Any]], Any] = self.data_collator  # type: ignore[has-type]
             self.data_collator = _SplittingCollator(collator)
+            self.pdl_loss.needs_token_weights = True
         callback = PDLCallback(self.pdl_loss, counts=counts, weighting=weighting, schedule=schedule)
         self.pdl_callback = callback.attach(self)
 
@@ -190,6 +198,13 @@ class PDLSFTMixin:
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
         self._weighted_sum = None
+        args: Any = self.args  # type: ignore[attr-defined]
+        cut = args.gradient_accumulation_steps > 1 or args.world_size > 1
+        if torch.is_grad_enabled() and cut and num_items_in_batch is None:
+            raise RuntimeError(
+                "num_items_in_batch is None, and a step has several micro-batches or processes; accepted is the number "
+                "of targets of the whole step, as SFTTrainer counts it for batches with labels"
+            )
         compute: Callable[..., Any] = super().compute_loss  # type: ignore[misc]
         found = compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         loss = found[0] if return_outputs else found
@@ -227,14 +242,20 @@ class PDLSFTMixin:
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         prepare: Callable[..., Any] = super()._prepare_dataset  # type: ignore[misc]
+        prepared_before = _holds_factors(dataset)
         if self._token_weights is None:
+            if prepared_before:
+                raise ValueError(
+                    f"the labels of the {dataset_name} data have token weights inside, from a trainer with "
+                    "token_weights; accepted are data that were not prepared, or token_weights here, too"
+                )
             if dataset_name == "train" and any(map(has_message_weights, islice(dataset, LOOKED_AT))):
                 warnings.warn(
                     "messages have a weight, which is not used; accepted is token_weights='messages', or none of them",
                     stacklevel=2,
                 )
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if any(holds_factors(row.get("labels", ())) for row in islice(dataset, LOOKED_AT)):  # prepared here before
+        if prepared_before:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
         # First the labels of whole rows; then, with their weights inside, what cuts, packs and shuffles them.
         whole = copy.copy(args)
@@ -249,15 +270,21 @@ class PDLSFTMixin:
         if column == MESSAGES:
             template = ChatTemplate(tokenizer, None, assistant_only=True, roles=None)
             return functools.partial(_join_messages, template=template, name=name)
-        columns = next(iter(dataset))
+        columns: Any = next(iter(dataset), {})
         if column in columns:
-            return lambda row: {"labels": join(row["labels"], row[column], f"{column} of a row of {name}").tolist()}
-        if name == "train":
+            return lambda row: {"labels": join(row["labels"], row.get(column), f"{column} of a row of {name}").tolist()}
+        if name == "train" and columns:
             raise ValueError(
                 f"token_weights is {column!r}, which is no column of the data; accepted are {', '.join(columns)}, and "
                 f"{MESSAGES!r} for the weight of chat messages"
             )
         return lambda row: {"labels": join(row["labels"], 1.0, "").tolist()}
+
+
+def _holds_factors(dataset: Any) -> bool:
+    """Whether token weights are in the labels already."""
+    rows = (row.get("labels") for row in islice(dataset, LOOKED_AT))
+    return any(holds_factors(labels) for labels in rows if labels is not None)
 
 
 def _join_messages(row: Any, template: ChatTemplate, name: str) -> dict[str, Any]:

@@ -30,8 +30,9 @@ class PDLCallback(TrainerCallback):
     `Trainer(..., callbacks=[PDLCallback(loss)])`, or, for TensorBoard, Weights & Biases and other reporters to get its
     numbers, too, `PDLCallback(loss).attach(trainer)`: a callback in the list comes after them.
 
-    * After each of the first three steps and every fifth one it raises `RuntimeError` where the loss was not called,
-      was computed and dropped, lost token weights on the way, or has other weights than it was given.
+    * After each of the first three steps and every fifth one it raises `RuntimeError` where the loss was not called for
+      every micro-batch, was computed and dropped, was not given the number of targets of the whole step, lost token
+      weights on the way, or has other weights than it was given.
     * It logs, with the Trainer's "loss" and over the same steps and all processes: "nll" (unweighted, in nats per
       target) and "perplexity", "accuracy", "mean_weight" of a target, and "effective_sample_share",
       (sum w)^2 / (n sum w^2): what share of the targets would carry as much information if all weighed the same.
@@ -77,13 +78,17 @@ class PDLCallback(TrainerCallback):
             raise ValueError(f"counts are of {counts.vocab_size} classes and the weights of {len(self.table)}")
         self._first_step = 0
         self._checked = (0.0, 0, 0)  # calls, forwards and backwards at the last check
+        self._micro_batches = 0  # since then
+        self._uncounted = 0  # of the loss, when training began
         self._warned = False
         self._attached = False
 
     def attach(self, trainer: Trainer) -> PDLCallback:
         """Join the callbacks of this Trainer in front of those that report its logs; returns self."""
-        trainer.add_callback(self)
         callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        trainer.add_callback(self)
         callbacks.insert(1, callbacks.pop())  # the first one decides whether a step is logged
         self._attached = True
         return self
@@ -115,6 +120,8 @@ class PDLCallback(TrainerCallback):
             seen[: self.counts.vocab_size] = self.counts.counts > 0
         self.loss.keep_record(seen)
         self._checked = (0.0, self.loss.forwards, self.loss.backwards)
+        self._micro_batches = 0
+        self._uncounted = self.loss.uncounted
 
     def _check_arguments(self, args: TrainingArguments, model: Any) -> None:
         if args.label_smoothing_factor:
@@ -184,16 +191,34 @@ class PDLCallback(TrainerCallback):
         """The weights of this step."""
         return self.table if self.schedule is None else self.schedule.weights_at(step).cpu()
 
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._micro_batches += 1
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._micro_batches += 1
         steps = state.global_step - self._first_step  # that this process has trained
         if steps > FIRST_STEPS and steps % CHECK_EVERY:
             return
         record = self.loss.read_record()
         calls, forwards, backwards = self._checked
+        micro_batches, self._micro_batches = self._micro_batches, 0
         self._checked = (record.calls, self.loss.forwards, self.loss.backwards)
         if record.calls == calls:
             why = self.loss.why_not_called(kwargs.get("model"))
             raise RuntimeError(f"PDL did not train the model in step {state.global_step}: {why}")
+        if record.calls - calls < micro_batches:
+            raise RuntimeError(
+                f"PDL trained {record.calls - calls:.0f} of {micro_batches} micro-batches up to step "
+                f"{state.global_step}: another loss trains the others"
+            )
+        if self.loss.uncounted > self._uncounted and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
+            raise RuntimeError(
+                "the loss was not given the number of targets of the whole step, and the gradient is not that of one "
+                "big batch; accepted are batches with labels, which the Trainer counts (shift_labels alone are none), "
+                "and, in an overridden compute_loss, model(**inputs, num_items_in_batch=num_items_in_batch)"
+            )
         if self.loss.forwards > forwards and self.loss.backwards == backwards:
             raise RuntimeError(
                 f"PDL was computed in step {state.global_step}, and its gradient never came back: another loss trains "
@@ -234,6 +259,7 @@ class PDLCallback(TrainerCallback):
             return
         numbers = self.loss.take_record().statistics()
         self._checked = (0.0, *self._checked[1:])
+        self._micro_batches = 0
         logs.update(numbers)
         state.log_history[-1].update(numbers)
 

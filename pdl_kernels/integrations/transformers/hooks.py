@@ -47,6 +47,9 @@ class LossFunction(TrainingLoss):
         return self.of_logits(logits, targets, factors, num_items_in_batch)
 
     def problem_of(self, arguments: Any, model: Any) -> str | None:
+        problem = super().problem_of(arguments, model) or (None if self.encoder_decoder else _masked_problem(model))
+        if problem is not None:
+            return problem
         cut = arguments.gradient_accumulation_steps > 1 or arguments.world_size > 1
         if cut and getattr(model, "accepts_loss_kwargs", True) is False:
             return (
@@ -63,6 +66,8 @@ class LossFunction(TrainingLoss):
         )
 
     def why_not_called(self, model: Any) -> str:
+        if hasattr(model, "get_base_model") and "loss_function" in vars(model):
+            return "it is the loss_function of the adapter; accepted is model.get_base_model().loss_function = ..."
         if getattr(model, "loss_function", self) is not self:
             return "model.loss_function is another one by now"
         return (
@@ -96,8 +101,20 @@ class ComputeLoss(TrainingLoss):
         targets, _ = self.targets(labels, None, None, None, shift=not encoder_decoder)
         return self.of_logits(logits, targets, None, num_items_in_batch)
 
+    def problem_of(self, arguments: Any, model: Any) -> str | None:
+        return super().problem_of(arguments, model) or _masked_problem(model)
+
     def why_not_called(self, model: Any) -> str:
         return "it is not the Trainer's compute_loss_func, or a subclass overrides compute_loss"
+
+
+def _masked_problem(model: Any) -> str | None:
+    if getattr(model, "loss_type", None) != "ForMaskedLM":
+        return None
+    return (
+        f"{type(model).__name__} predicts masked tokens, whose labels are not shifted as a causal model's are; "
+        "accepted are use_pdl_linear_loss, and pdl_loss_function(..., encoder_decoder=True) for models that call it"
+    )
 
 
 def pdl_loss_function(
@@ -122,7 +139,8 @@ def pdl_loss_function(
     Args:
         weights: (V,) floating, V the width of the logits; a file of `pdl-kernels weights`; a checkpoint of
             `PDLCallback`; None for plain cross entropy.
-        encoder_decoder: labels are targets already (T5Gemma); otherwise position i predicts label i + 1.
+        encoder_decoder: labels are targets already (T5Gemma, and models of masked tokens); otherwise position i
+            predicts label i + 1.
         weighted_evaluation: use the weights where gradients are off, too.
         options: of `pdl_cross_entropy`, such as `label_smoothing`, `z_loss`, `inplace`; no `reduction`, `normalizer`,
             `return_stats`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import threading
 import types
 from typing import Any
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pdl_kernels.integrations.training_loss import TrainingLoss
-from pdl_kernels.integrations.transformers.output_layer import ADAPTER_REMEDY, find_transform, name_of, output_layer
+from pdl_kernels.integrations.transformers.output_layer import (
+    ADAPTER_REMEDY,
+    find_transform,
+    name_of,
+    output_layer,
+    router_loss,
+)
 from pdl_kernels.integrations.versions import warn_if_untested
 
 
@@ -59,7 +66,7 @@ class LinearLoss(TrainingLoss):
 
     def problem_of(self, arguments: Any, model: Any) -> str | None:
         if arguments.n_gpu <= 1:
-            return None
+            return super().problem_of(arguments, model)
         return (
             "several GPUs are visible to one process, and the Trainer would use nn.DataParallel, whose replicas would "
             "all run the first one's layers; accepted is one process per GPU (torchrun, accelerate launch)"
@@ -98,7 +105,7 @@ class LinearLoss(TrainingLoss):
         targets, factors = self.targets(labels, shift_labels, token_weights, shift_token_weights, shift=self.shift)
         if self.encoder_decoder and all(given.get(f"decoder_input{end}") is None for end in ("_ids", "s_embeds")):
             arguments, named = (), given  # a None by position would be in the way
-            named["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            named["decoder_input_ids"] = self._decoder_inputs(labels)
         keep = given.get("logits_to_keep", 0)
         targets = _keep(targets, keep)
         factors = None if factors is None else _keep(factors, keep)
@@ -112,10 +119,24 @@ class LinearLoss(TrainingLoss):
             outputs = self._stock(*arguments, return_dict=True, **named)
             logits = outputs.logits
             loss = self.of_logits(logits, targets, factors, num_items_in_batch)
-        if outputs.get("aux_loss") is not None:  # of a mixture of experts, as the models themselves add it
-            loss = loss + model.router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+        of_routers = router_loss(model, outputs)
+        if of_routers is not None:
+            loss = loss + of_routers.to(loss.device)
         outputs = type(outputs)(**{**outputs, "loss": loss, "logits": logits})
         return outputs if return_dict else outputs.to_tuple()
+
+    def _decoder_inputs(self, labels: Tensor | None) -> Tensor:
+        """(B, L) what the model itself makes of labels where decoder_input_ids are missing."""
+        model = self.model
+        if labels is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            made: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            return made
+        for owner in type(model).__mro__:
+            shift = getattr(sys.modules[owner.__module__], "shift_tokens_right", None)
+            if labels is not None and shift is not None:
+                made = shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+                return made
+        raise ValueError("decoder_input_ids are missing; accepted are batches with them, or with labels")
 
     def _fused(
         self,

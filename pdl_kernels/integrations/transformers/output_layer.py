@@ -60,6 +60,11 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
             "the output layer is sharded (its weight is a DTensor); accepted is a whole one: keep it out of tensor "
             "parallelism, and call use_pdl_linear_loss before fully_shard"
         )
+    if head.weight.numel() == 0:
+        raise ValueError(
+            "the output layer has an empty weight, as ZeRO-3 leaves one that it keeps elsewhere; accepted is a whole "
+            "one"
+        )
     if type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
         raise ValueError(
             f"the output layer has a weight of type {type(head.weight).__name__}, {head.weight.dtype}, quantised or of "
@@ -83,10 +88,30 @@ def find_transform(model: PreTrainedModel, head: nn.Linear) -> tuple[Transform, 
     products = torch.linspace(-100, 100, len(head.weight), device=head.weight.device, dtype=head.weight.dtype)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})
-    with _evaluating(model), _forward_of(head, lambda hidden: products.expand(*hidden.shape[:-1], -1)):
-        logits = model(**inputs, return_dict=True).logits[0, -1].float()  # (V,)
-        labels = torch.tensor([[0, len(products) - 1]], device=model.device)
-        loss = model(**inputs, labels=labels, return_dict=True).loss
+    labels = torch.tensor([[0, len(products) - 1]], device=model.device)
+    shapes = []
+
+    def known(hidden: Tensor) -> Tensor:
+        shapes.append(hidden.shape[:-1])
+        return products.expand(*hidden.shape[:-1], -1)
+
+    with _evaluating(model), _forward_of(head, known):
+        try:
+            logits = model(**inputs, return_dict=True).logits[0, -1].float()  # (V,)
+            outputs = model(**inputs, labels=labels, return_dict=True)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} does not run with two tokens and nothing else ({error}); accepted are models "
+                "whose inputs are input_ids: use pdl_loss_function or pdl_compute_loss for this model"
+            ) from error
+    if any(len(shape) != 2 for shape in shapes):
+        raise ValueError(
+            f"{type(model).__name__} predicts more than one token at each position; accepted are models that "
+            "predict one"
+        )
+    loss, of_routers = outputs.loss, router_loss(model, outputs)
+    if of_routers is not None:
+        loss = loss - of_routers.to(loss.device)
     bias = getattr(model, "final_logits_bias", None)  # (1, V) of BART and its kind
     eps = max(torch.finfo(products.dtype).eps, torch.finfo(torch.float32).eps)
     for transform in _candidates(model, has_bias=bias is not None):
@@ -100,6 +125,27 @@ def find_transform(model: PreTrainedModel, head: nn.Linear) -> tuple[Transform, 
     )
 
 
+def router_loss(model: PreTrainedModel, outputs: Any) -> Tensor | None:
+    """What a mixture of experts adds to its loss, 0-d, or None."""
+    if model.config.is_encoder_decoder and any(
+        value is not None for name, value in outputs.items() if name.endswith("router_logits")
+    ):
+        raise ValueError(
+            f"{type(model).__name__} adds losses of its routers to its own; accepted is output_router_logits=False, or "
+            "pdl_loss_function and pdl_compute_loss, which leave them out"
+        )
+    found: Tensor | None = outputs.get("aux_loss")
+    if found is None:
+        return None
+    for owner in (model, model.config, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(coefficient := getattr(owner, name, None), (int, float)):
+                return coefficient * found
+    raise ValueError(
+        f"{type(model).__name__} has a router loss, and no router_aux_loss_coef; accepted is output_router_logits=False"
+    )
+
+
 def _shifts(model: PreTrainedModel, loss: Tensor | None, logits: Tensor) -> bool:
     """Whether the model's loss of the labels 0 and V - 1 at two equal rows of logits is that of V - 1 alone."""
     first, last = (
@@ -109,8 +155,8 @@ def _shifts(model: PreTrainedModel, loss: Tensor | None, logits: Tensor) -> bool
         if loss is not None and (loss - expected).abs() <= 0.1 * (first - last).abs():
             return shift
     raise ValueError(
-        f"{type(model).__name__} has a loss that is neither that of a causal model nor of an encoder-decoder; "
-        "accepted are language models"
+        f"{type(model).__name__} has a loss that is neither that of a causal model nor of an encoder-decoder, or adds "
+        "something of its own; accepted is the cross entropy of its logits, and a router loss"
     )
 
 
