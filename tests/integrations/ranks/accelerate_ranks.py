@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from helpers.ranks import leave
 from helpers.trainer_models import big_batch_gradients, collate, make_model, make_rows, make_weights, relative_error
 from torch.utils.data import DataLoader
 
@@ -86,3 +87,4 @@ if __name__ == "__main__":
         errors = errors_of_steps(accelerator, rows, 2, loss)
         print(loss, "gradient", *(f"{error:.1e}" for error in errors))
         assert max(errors) < 1e-5
+    leave()

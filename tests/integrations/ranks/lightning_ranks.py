@@ -3,6 +3,7 @@
 import os
 
 from helpers.lightning_training import BATCH, QUIET, LinearModel, Model, W, lightning, loader, nll_of, without_targets
+from helpers.ranks import leave
 from helpers.trainer_models import big_batch_gradients, make_model, make_rows, relative_error
 
 ACCUMULATE = 3
@@ -74,3 +75,4 @@ if __name__ == "__main__":
     check_exact(rank, world, Model)
     check_exact(rank, world, LinearModel)
     check_uneven(rank, world)
+    leave()

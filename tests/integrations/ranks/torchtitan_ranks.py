@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers.ranks import leave
 from helpers.torchtitan_on_cpu import make_config, make_trainer  # before anything else of torchtitan
 from torch.distributed.tensor import DTensor
 from torchtitan.components.dataloader import BaseDataLoader
@@ -226,4 +227,4 @@ if __name__ == "__main__":
         print(name)
         kinds = {"data": data, "pipeline": pipeline, "checked": checked, "tensor": tensor}
         kinds[kind](folder, backend, name, losses_of(file))
-    dist.destroy_process_group()
+    leave()

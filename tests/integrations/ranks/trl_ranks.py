@@ -6,6 +6,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from helpers.ranks import leave
 from helpers.trainer_models import relative_error
 from helpers.trl_trainers import IGNORED, TEXTS, V, W, lora, make_trainer, of_batches, train
 from helpers.trl_training import as_dataset, trl
@@ -117,3 +118,4 @@ if __name__ == "__main__":
     for case in sys.argv[1:] or CASES:
         check_case(case, tempfile.mkdtemp())
     check_evaluation(tempfile.mkdtemp())
+    leave()
