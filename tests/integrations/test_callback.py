@@ -151,7 +151,7 @@ class Dropped(transformers.Trainer):
 @each_cut
 @pytest.mark.parametrize("after", [0, 4, 6])
 def test_the_loss_is_computed_and_dropped(after, accumulate, route, tmp_path):
-    settings = {"gradient_accumulation_steps": accumulate}
+    settings = {"gradient_accumulation_steps": accumulate, "max_steps": STEPS}
     trainer, *_ = watched(tmp_path, route, kind=Dropped, settings=settings)
     trainer.dropped_after = after
     stops(trainer, after, "its gradient never came back: another loss trains the model")
