@@ -8,6 +8,7 @@ Every process holds what it finds against one process with the whole batch, and 
 import itertools
 import os
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -21,45 +22,20 @@ from helpers.trainer_models import (
     make_weights,
     next_labels,
     relative_error,
-    transformers,
 )
+from helpers.trainer_runs import Watch, by_compute_loss, by_linear_loss, by_loss_function, make_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pdl_kernels.integrations.transformers import PDLCallback, pdl_compute_loss, pdl_loss_function, use_pdl_linear_loss
+from pdl_kernels.integrations.transformers import PDLCallback
 
 W = make_weights()
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def by_loss_function(model):
-    model.loss_function = pdl_loss_function(W)
-    return model.loss_function, {}
-
-
-def by_compute_loss(model):
-    loss = pdl_compute_loss(W)
-    return loss, {"compute_loss_func": loss}
-
-
-def by_linear_loss(model):
-    return use_pdl_linear_loss(model, W), {}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers.Trainer
-
-
-class Watch(transformers.TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
-        self.gradients.append(found)
 
 
 def train(folder, route, rows, pieces, name="llama", **settings):
@@ -67,28 +43,9 @@ def train(folder, route, rows, pieces, name="llama", **settings):
     model = make_model(name)
     loss, more = route(model)
     watch = Watch()
-    arguments = transformers.TrainingArguments(
-        output_dir=folder,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        logging_steps=1,
-        num_train_epochs=1,
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        optim="sgd",
-        train_sampling_strategy="sequential",
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=pieces,
-        **settings,
-    )
-    assert arguments.world_size == WORLD
-    trainer = transformers.Trainer(
-        model, arguments, collate, rows, rows, callbacks=[watch, PDLCallback(loss)], **more
-    )  # fmt: skip
+    settings = {"learning_rate": 0.0, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": pieces} | settings
+    trainer = make_trainer(folder, model, rows, settings=settings, callbacks=[watch, PDLCallback(loss)], **more)
+    assert trainer.args.world_size == WORLD
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == len(watch.gradients)
@@ -122,10 +79,8 @@ def assert_is_one_process(found, rows, windows):
         assert error < 1e-5, error
         for what, expected in statistics_of(window, make_model("llama")).items():
             assert abs(log[what] - expected) < 1e-4 * max(abs(expected), 0.01), (what, log[what], expected)
-    arguments = transformers.TrainingArguments(
-        "unused", use_cpu=True, report_to="none", disable_tqdm=True, per_device_eval_batch_size=1
-    )
-    stock = transformers.Trainer(make_model("llama"), arguments, collate, eval_dataset=rows).evaluate()["eval_loss"]
+    settings = {"per_device_eval_batch_size": 1}
+    stock = make_trainer(tempfile.mkdtemp(), make_model("llama"), rows, settings=settings).evaluate()["eval_loss"]
     assert abs(evaluation / stock - 1) < 1e-6, (evaluation, stock)
 
 
