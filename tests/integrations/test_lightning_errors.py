@@ -2,8 +2,8 @@
 
 import torch
 from helpers import assert_error
-from helpers.lightning_training import ROWS, Model, W, fit, lightning
-from helpers.trainer_models import V, collate, make_model
+from helpers.lightning_training import BATCH, EAGER, ROWS, Model, W, fit, lightning, loader
+from helpers.trainer_models import V, big_batch_gradients, collate, make_model, relative_error
 
 from pdl_kernels.integrations import lightning as integration
 from pdl_kernels.integrations.lightning import PDLLightningMixin
@@ -69,6 +69,25 @@ class TestErrors:
         assert_error(ValueError, lambda: Model(loss, shift=False), "shift", "accepted")
         assert_error(ValueError, lambda: Model(reduction="sum"), "reduction")
         assert_error(TypeError, lambda: Model([1.0]), "list")
+
+    def test_a_router_loss(self):
+        """It is no sum over targets, and divided by their number it would be another for each cut."""
+
+        class Experts(Model):
+            logits_of = PDLLightningMixin.logits_of
+
+            def __init__(self, **options):
+                super().__init__()
+                self.network = make_model("mixtral", **options)
+                self.configure_pdl(use_pdl_linear_loss(self.network, W, **EAGER))
+
+        assert_error(ValueError, lambda: fit(Experts()), "MixtralForCausalLM", "router loss", "accepted")
+        validation = loader(ROWS, BATCH)
+        assert_error(ValueError, lambda: fit(Experts(), validation=validation), "MixtralForCausalLM", "router loss")
+        model = Experts(output_router_logits=False)
+        fit(model)
+        plain = make_model("mixtral", output_router_logits=False)
+        assert relative_error(model.gradients[0], big_batch_gradients(plain, ROWS[:BATCH], W)) < 1e-5
 
     def test_weights_of_another_length(self):
         assert_error(ValueError, lambda: fit(Model(torch.ones(V + 1))), str(V), str(V + 1))

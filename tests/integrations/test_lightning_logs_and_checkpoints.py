@@ -1,5 +1,7 @@
 """PDLLightningMixin: logs and validation over all targets, and checkpoints that go on as training in one go."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,25 @@ class TestLogs:
             assert found["train_nll"] == pytest.approx(nll / n, rel=1e-5)
             targets = torch.tensor([label for row in rows for label in row["labels"][1:] if label != -100])
             assert found["train_mean_weight"] == pytest.approx(W[targets].mean().item(), rel=1e-5)
+            assert found["train_perplexity"] == pytest.approx(math.exp(nll / n), rel=1e-5)
+            share = W[targets].sum().square() / (n * W[targets].square().sum())
+            assert found["train_effective_sample_share"] == pytest.approx(share.item(), rel=1e-5)
+            assert share < 0.95
+
+    @pytest.mark.parametrize("weights", [None, torch.full((V,), 0.3)], ids=["none", "equal"])
+    def test_targets_that_weigh_the_same(self, weights):
+        model = Model(weights)
+        fit(model)
+        for found in model.logs:
+            assert found["train_effective_sample_share"] == pytest.approx(1, rel=1e-6)
+
+    def test_the_share_of_token_weights(self):
+        """One of the four weighs nothing and does not count; the others weigh 3, -1 and -1."""
+        row = {"input_ids": [3, 7, 8, 9, 4], "labels": [3, 7, 8, 9, 4]}
+        batch = collate([row]) | {"token_weights": torch.tensor([[1.0, 0.0, 3.0, -1.0, -1.0]])}
+        model = Model(None)
+        fit(model, batches=[batch])
+        assert model.logs[0]["train_effective_sample_share"] == pytest.approx(25 / (3 * 11))
 
     def test_accuracy(self):
         model = Model()
