@@ -1,5 +1,7 @@
 """Runs of the Trainer that a PDLCallback watches over, and in which something is changed on the way."""
 
+import types
+
 from helpers.trainer_models import make_model, make_rows, transformers
 from helpers.trainer_runs import W, Watch, by_compute_loss, by_linear_loss, by_loss_function, make_trainer
 from pdl_kernels.integrations.transformers import PDLCallback
@@ -61,6 +63,16 @@ def with_another_hook(route, trainer, loss):
             route(model, W.flip(0), **EAGER)
 
     return replace
+
+
+def begin(loss, **more):
+    """A callback for which training has begun, and what it is called with: arguments of which only these matter."""
+    given = {"label_smoothing_factor": 0.0, "report_to": [], "gradient_accumulation_steps": 1, "world_size": 1}
+    arguments = types.SimpleNamespace(**given | {"n_gpu": 1} | more)
+    called_with = arguments, transformers.TrainerState(global_step=0), transformers.TrainerControl()
+    callback = PDLCallback(loss)
+    callback.on_train_begin(*called_with)
+    return callback, called_with
 
 
 def logs_of(trainer):

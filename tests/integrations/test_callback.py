@@ -1,5 +1,7 @@
 """PDLCallback in a run of the Trainer: it stops where PDL does not train the model, and nowhere else."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from helpers.trainer_callbacks import (
     EAGER,
     ROWS,
     After,
+    begin,
     logs_of,
     plain_compute_loss,
     watched,
@@ -15,8 +18,6 @@ from helpers.trainer_callbacks import (
 )
 from helpers.trainer_models import big_batch_gradients, collate, make_model, relative_error, transformers
 from helpers.trainer_runs import W, by_compute_loss, by_linear_loss, by_loss_function, each_route
-
-from pdl_kernels.integrations.transformers import PDLCallback, pdl_loss_function
 
 pytestmark = pytest.mark.usefixtures("quick")
 LIMIT = 10  # steps until it is noticed
@@ -266,6 +267,21 @@ def test_it_is_missing_from_a_later_step_on(tmp_path):
     stops(trainer, 5, "the loss was not given the number of targets of the whole step")
 
 
+@each_route
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_number_of_targets_of_one_process(processes, route):
+    """It is not that of the step where there are others."""
+    model = make_model("llama", num_hidden_layers=1)
+    loss, _ = route(model, W, **EAGER)
+    callback, called_with = begin(loss, world_size=processes)
+    batch = collate(ROWS)
+    outputs = model(**batch)
+    (loss(outputs, batch["labels"]) if route is by_compute_loss else outputs.loss).backward()
+    problem = pytest.raises(RuntimeError, match="not given the number of targets of the whole step")
+    with problem if processes > 1 else contextlib.nullcontext():
+        callback.on_step_end(*called_with)
+
+
 def test_calls_before_training_do_not_count(tmp_path):
     """A loss of one's own beside the Trainer, without the number of targets, is no fault of the run."""
     settings = {"gradient_accumulation_steps": 2}
@@ -275,9 +291,3 @@ def test_calls_before_training_do_not_count(tmp_path):
     assert loss.uncounted == 1
     trainer.train()
     assert trainer.state.global_step == 10
-
-
-def test_what_it_is_made_of():
-    with pytest.raises(TypeError, match="loss is a function; accepted is what pdl_loss_function"):
-        PDLCallback(plain_compute_loss)
-    assert PDLCallback(pdl_loss_function(W, **EAGER)).table.equal(W)

@@ -1,12 +1,11 @@
 """PDLCallback before the first step: arguments, models, tokenizers, counts and schedules that do not fit the loss."""
 
 import contextlib
-import types
 import warnings
 
 import pytest
 import torch
-from helpers.trainer_callbacks import EAGER, ROWS, watched
+from helpers.trainer_callbacks import EAGER, ROWS, begin, plain_compute_loss, watched
 from helpers.trainer_models import V, make_model, transformers
 from helpers.trainer_runs import W, by_compute_loss, by_linear_loss, by_loss_function, each_route
 
@@ -38,6 +37,12 @@ def trains(folder, route, **options):
 # Arguments and models
 
 
+def test_what_it_is_made_of():
+    with pytest.raises(TypeError, match="loss is a function; accepted is what pdl_loss_function"):
+        PDLCallback(plain_compute_loss)
+    assert PDLCallback(pdl_loss_function(W, **EAGER)).table.equal(W)
+
+
 @each_route
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_another_ignore_index(accumulate, route, tmp_path):
@@ -55,14 +60,6 @@ def test_label_smoothing_of_the_trainer(route, tmp_path):
     words = "label_smoothing_factor is 0.1 in the training arguments"
     refuses(tmp_path, route, words, settings={"label_smoothing_factor": 0.1})
     trains(tmp_path, route, options={"label_smoothing": 0.1})
-
-
-def begin(loss, **more):
-    """Training begins, with arguments of which only these matter."""
-    arguments = {"label_smoothing_factor": 0.0, "report_to": [], "n_gpu": 1, "gradient_accumulation_steps": 1}
-    callback = PDLCallback(loss)
-    state, control = transformers.TrainerState(), transformers.TrainerControl()
-    callback.on_train_begin(types.SimpleNamespace(**{**arguments, "world_size": 1, **more}), state, control)
 
 
 def test_several_gpus_in_one_process():
