@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.trainer_callbacks import EAGER, ROWS, logs_of, watched
+from helpers.trainer_callbacks import EAGER, ROWS, logs_of, watched, without_hook
 from helpers.trainer_models import big_batch_gradients, make_model, relative_error, transformers
 from helpers.trainer_runs import W, Watch, by_linear_loss, by_loss_function, each_route, make_trainer
 
@@ -66,9 +66,20 @@ def test_a_checkpoint_that_restores_the_states_of_callbacks(tmp_path):
         trained(tmp_path, resume=halfway, weights=W.flip(0), settings=settings | {"max_steps": 4})
 
 
-def test_what_a_checkpoint_holds(tmp_path):
-    """The weights of the end of a schedule; of a loss without weights, nothing."""
-    trained(tmp_path / "with", settings=SAVING | {"max_steps": 2}, pdl={"schedule": WeightSchedule(W, steps=5)})
+@each_route
+def test_training_that_goes_on_is_checked_from_its_first_step(route, tmp_path):
+    trained(tmp_path, route, settings=SAVING | {"max_steps": 6})
+    trainer, loss, _ = watched(tmp_path, route, settings={"max_steps": 12})
+    without_hook(route, trainer, loss)()
+    with pytest.raises(RuntimeError, match="PDL did not train the model in step 7: "):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("weights", [W, torch.ones(len(W))], ids=["its last weights", "its first weights"])
+def test_what_a_checkpoint_holds(weights, tmp_path):
+    """The weights of the end of a schedule, whatever the loss began with; of a loss without weights, nothing."""
+    schedule = WeightSchedule(W, steps=5)
+    trained(tmp_path / "with", weights=weights, settings=SAVING | {"max_steps": 2}, pdl={"schedule": schedule})
     assert torch.equal(load_weights(tmp_path / "with" / "checkpoint-2" / "pdl_weights.safetensors").table, W)
     trained(tmp_path / "without", weights=None, settings=SAVING | {"max_steps": 2})
     assert not list((tmp_path / "without").glob("checkpoint-2/pdl_*"))

@@ -95,6 +95,7 @@ def test_the_models_own_coefficient_wins_over_that_of_its_configuration(batch):
 
 LARGE = {
     "mixtral, coefficient 10": (lambda: mixtral(**ROUTED, router_aux_loss_coef=10.0), 1.0, 10.0),
+    "mixtral, coefficient 50": (lambda: mixtral(**ROUTED, router_aux_loss_coef=50.0), 1.0, 50.0),
     "granite, scaled by 64": (lambda: granite(**ROUTED, router_aux_loss_coef=0.8, logits_scaling=64.0), 1 / 64, 0.8),
 }
 
