@@ -34,6 +34,7 @@ class FusedHeadLoss(TrainingLoss):
     """PDL on the log-probabilities that TRL's fused output layer finds."""
 
     needs_token_weights = False  # every batch has them
+    width = 0  # of the output layer; 0: not known
 
     def why_not_called(self, model: Any) -> str:
         return "the model's forward was replaced, or TRL does not call it with fused_lm_head=True any more"
@@ -71,9 +72,10 @@ class FusedHeadLoss(TrainingLoss):
         if factors is not None:
             factors = factors.to(log_probs.device)[:, 1:]  # (B, L)
         table = self.weights_on(log_probs.device)
+        factor_of = log_probs.new_ones(1).expand(self.width) if table is None and self.width else table  # (V,)
         weighted = log_probs
-        if table is not None:
-            weighted = weighted * table[torch.where(mask, targets, 0)]
+        if factor_of is not None:
+            weighted = weighted * factor_of[torch.where(mask, targets, 0)]  # IndexError where a label is no class
         if factors is not None:
             weighted = weighted * factors
         if training:
@@ -163,7 +165,7 @@ class PDLSFTMixin:
         if getattr(parallelism, "sp_enabled", False):
             raise ValueError("sequence parallelism of DeepSpeed takes the model's own loss; accepted is none of it")
         table, model = self.pdl_loss.table, self.model  # type: ignore[attr-defined]
-        width = len(model.get_output_embeddings().weight)
+        width = self.pdl_loss.width = len(model.get_output_embeddings().weight)
         if table is not None and width not in (len(table), 0):  # 0: ZeRO keeps it elsewhere
             raise ValueError(
                 f"weights have shape {tuple(table.shape)}; accepted is ({width},), one per row of the model's output "
@@ -266,7 +268,7 @@ class PDLSFTMixin:
 
     def _joiner(self, dataset: Any, tokenizer: Any, name: str) -> Callable[[Any], dict[str, Any]]:
         """A function of a row with `input_ids` and `labels`: its labels with the weights inside."""
-        column = self._token_weights
+        column: Any = self._token_weights
         if column == MESSAGES:
             template = ChatTemplate(tokenizer, None, assistant_only=True, roles=None)
             return functools.partial(_join_messages, template=template, name=name)
@@ -278,7 +280,13 @@ class PDLSFTMixin:
                 f"token_weights is {column!r}, which is no column of the data; accepted are {', '.join(columns)}, and "
                 f"{MESSAGES!r} for the weight of chat messages"
             )
-        return lambda row: {"labels": join(row["labels"], 1.0, "").tolist()}
+        return functools.partial(_join_ones, column=column, name=name)
+
+
+def _join_ones(row: Any, column: str, name: str) -> dict[str, Any]:
+    if column in row:
+        raise ValueError(f"{column} of a row of {name} is {row[column]!r}, and the first row has none; accepted is one")
+    return {"labels": join(row["labels"], 1.0, "").tolist()}
 
 
 def _holds_factors(dataset: Any) -> bool:

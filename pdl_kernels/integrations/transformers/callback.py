@@ -219,10 +219,12 @@ class PDLCallback(TrainerCallback):
                 "big batch; accepted are batches with labels, which the Trainer counts (shift_labels alone are none), "
                 "and, in an overridden compute_loss, model(**inputs, num_items_in_batch=num_items_in_batch)"
             )
-        if self.loss.forwards > forwards and self.loss.backwards == backwards:
+        came_back = self.loss.backwards - backwards
+        if self.loss.forwards > forwards and came_back < micro_batches:
             raise RuntimeError(
-                f"PDL was computed in step {state.global_step}, and its gradient never came back: another loss trains "
-                "the model; look for an overridden compute_loss or training_step"
+                f"PDL was computed up to step {state.global_step}, and for {micro_batches - came_back} of "
+                f"{micro_batches} micro-batches its gradient never came back: another loss trains the model; look for "
+                "an overridden compute_loss or training_step"
             )
         if not self.loss.uses(self._expected(state.global_step - 1)):
             raise RuntimeError(
@@ -258,7 +260,7 @@ class PDLCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         numbers = self.loss.take_record().statistics()
-        self._checked = (0.0, *self._checked[1:])
+        self._checked = (0.0, self.loss.forwards, self.loss.backwards)
         self._micro_batches = 0
         logs.update(numbers)
         state.log_history[-1].update(numbers)

@@ -184,11 +184,14 @@ def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode for a while, so that no random number is drawn."""
-    modes = {module: module.training for module in model.modules()}
+    """In evaluation mode for a while, so that no random number is drawn; numbers that modules keep stay as they are."""
+    kept = {
+        module: {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
+        for module in model.modules()
+    }
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, numbers in kept.items():
+            vars(module).update(numbers)
