@@ -20,7 +20,7 @@ from helpers.trainer_models import big_batch_gradients, collate, make_model, rel
 from helpers.trainer_runs import W, by_compute_loss, by_linear_loss, by_loss_function, each_route
 
 pytestmark = pytest.mark.usefixtures("quick")
-LIMIT = 10  # steps until it is noticed
+LIMIT = 5  # steps until it is noticed
 REMOVED_AFTER = (1, 4, 6, 9)
 GONE = "PDL (did not train the model in step|trained .* micro-batches up to step)"
 STEPS = max(REMOVED_AFTER) + LIMIT + 1
@@ -62,6 +62,14 @@ def test_the_hook_is_removed(logging_steps, accumulate, route, tmp_path):
 def test_the_hook_is_replaced(route, tmp_path):
     for after in REMOVED_AFTER:
         stops(changed(tmp_path, route, after, with_another_hook), after, GONE)
+
+
+@each_route
+@pytest.mark.parametrize(("steps", "after", "logging_steps"), [(4, 3, 100), (9, 5, 100), (12, 10, 100), (9, 7, 1)])
+def test_the_last_steps_are_checked(steps, after, logging_steps, route, tmp_path):
+    settings = {"max_steps": steps, "logging_steps": logging_steps}
+    with pytest.raises(RuntimeError, match=GONE):
+        changed(tmp_path, route, after, without_hook, settings).train()
 
 
 @each_route

@@ -30,9 +30,9 @@ class PDLCallback(TrainerCallback):
     `Trainer(..., callbacks=[PDLCallback(loss)])`, or, for TensorBoard, Weights & Biases and other reporters to get its
     numbers, too, `PDLCallback(loss).attach(trainer)`: a callback in the list comes after them.
 
-    * After each of the first three steps and every fifth one it raises `RuntimeError` where the loss was not called for
-      every micro-batch, was computed and dropped, was not given the number of targets of the whole step, lost token
-      weights on the way, or has other weights than it was given.
+    * After each of the first three steps, every fifth one, those that are logged and the last one it raises
+      `RuntimeError` where the loss was not called for every micro-batch, was computed and dropped, was not given the
+      number of targets of the whole step, lost token weights on the way, or has other weights than it was given.
     * It logs, with the Trainer's "loss" and over the same steps and all processes: "nll" (unweighted, in nats per
       target) and "perplexity", "accuracy", "mean_weight" of a target, and "effective_sample_share",
       (sum w)^2 / (n sum w^2): what share of the targets would carry as much information if all weighed the same.
@@ -199,7 +199,17 @@ class PDLCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._micro_batches += 1
         steps = state.global_step - self._first_step  # that this process has trained
-        if steps > FIRST_STEPS and steps % CHECK_EVERY:
+        if steps <= FIRST_STEPS or steps % CHECK_EVERY == 0:
+            self._check(args, state, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(args, state, **kwargs)
+
+    def _check(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
+        """RuntimeError where PDL did not train the model since the last check."""
+        if not self._micro_batches:
             return
         record = self.loss.read_record()
         calls, forwards, backwards = self._checked
@@ -259,9 +269,9 @@ class PDLCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
+        self._check(args, state, **kwargs)  # the record begins anew
         numbers = self.loss.take_record().statistics()
         self._checked = (0.0, self.loss.forwards, self.loss.backwards)
-        self._micro_batches = 0
         logs.update(numbers)
         state.log_history[-1].update(numbers)
 
