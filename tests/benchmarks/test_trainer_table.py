@@ -32,7 +32,7 @@ def test_what_a_cell_says():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "words"), [("*::test_one*", "linear]: failed"), ("*::test_two*", "no test .* test_two")]
+    ("pattern", "words"), [("*::test_one*", "linear]: failed"), ("*::test_two*", "no test .*test_two")]
 )
 def test_what_did_not_pass_is_not_claimed(pattern, words):
     with pytest.raises(ValueError, match=words):
@@ -49,8 +49,9 @@ def test_a_page_with_another_table_is_noticed(monkeypatch, tmp_path, capsys):
     assert changed.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
 
 
-def test_every_route_names_a_line_of_the_page():
-    """The table's one line is a line of the page's examples, too, up to its arguments."""
+def test_every_route_is_explained():
+    """The name in the table's one line is in the text below it, or in that of accelerate's page."""
     text = PAGE.read_text(encoding="utf-8").split(trainer_table.END)[1]
+    text += PAGE.with_name("training_accelerate.md").read_text(encoding="utf-8")
     for route in ROUTES:
         assert route.line.split("(")[0].split("=")[-1].strip().split(".")[-1] in text, route.line

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-FRAMEWORKS = ("torch", "transformers", "trl", "accelerate", "peft", "lightning", "torchtitan", "datasets")
+FRAMEWORKS = ("torch", "transformers", "trl", "accelerate", "peft", "lightning", "torchtitan")
 outcomes = {}
 
 
