@@ -44,7 +44,7 @@ test-compiled:
 
 test-trainers:
 	scripts/test_trainers.sh pinned $(OPTIONS)
-	scripts/test_torchtitan.sh
+	VENV=.venv-torchtitan scripts/test_torchtitan.sh
 
 test-trainers-oldest:
 	scripts/test_trainers.sh oldest $(OPTIONS)
