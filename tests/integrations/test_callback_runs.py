@@ -104,6 +104,22 @@ def test_the_best_model_is_loaded_at_the_end(route, tmp_path):
 # Reporters, and callbacks that are given twice
 
 
+def test_tensorboard_has_the_numbers(tmp_path):
+    """Its own files, read back; it joined the callbacks first."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    reporter = transformers.integrations.TensorBoardCallback(SummaryWriter(tmp_path / "events"))
+    settings = {"logging_steps": 2, "max_steps": 4}
+    trainer, *_ = watched(tmp_path, by_linear_loss, callbacks=[reporter], settings=settings)
+    trainer.train()
+    found = events.EventAccumulator(str(tmp_path / "events")).Reload()
+    for name in ("loss", *NUMBERS):
+        logged = [entry[name] for entry in logs_of(trainer)]
+        assert [event.value for event in found.Scalars(f"train/{name}")] == pytest.approx(logged, rel=1e-6), name
+        assert len(logged) == 2
+
+
 class Reporter(transformers.TrainerCallback):
     """Keeps the logs that it is shown, as TensorBoard's would."""
 
