@@ -1,8 +1,10 @@
 """transformers.Trainer with each of the hooks of PDL, and the gradients of its steps."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 
-from helpers.trainer_models import collate, make_model, make_weights, transformers
+from helpers.trainer_models import collate, make_model, make_weights, next_labels, transformers
 from pdl_kernels.integrations.transformers import PDLCallback, pdl_compute_loss, pdl_loss_function, use_pdl_linear_loss
 
 W = make_weights()
@@ -77,6 +79,25 @@ def train(folder, route, rows, name="llama", changes=None, weights=W, settings=N
     trainer = make_trainer(folder, model, rows, settings=settings, callbacks=callbacks, **more, **arguments)
     trainer.train()
     return trainer, watch.gradients
+
+
+def statistics_of(rows, model):
+    """What the callback logs of these rows, from the logits."""
+    batch = collate(rows)
+    targets = next_labels(batch["labels"])
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits, targets = logits[targets != -100].double(), targets[targets != -100]
+    w = W[targets].double()
+    nll = F.cross_entropy(logits, targets)
+    return {
+        "loss": F.cross_entropy(logits, targets, weight=W.double(), reduction="sum") / len(targets),
+        "nll": nll,
+        "perplexity": nll.exp(),
+        "accuracy": (logits.argmax(-1) == targets).double().mean(),
+        "mean_weight": w.mean(),
+        "effective_sample_share": w.sum().square() / (len(w) * w.square().sum()),
+    }
 
 
 def cut(total, pieces):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers.trainer_models import V, collate, make_model, make_rows, next_labels, relative_error
-from helpers.trainer_runs import W, Watch, by_loss_function, cut, each_route, make_trainer
+from helpers.trainer_models import V, collate, make_model, make_rows, relative_error
+from helpers.trainer_runs import W, Watch, by_loss_function, cut, each_route, make_trainer, statistics_of
 
 from pdl_kernels import WeightSchedule
 from pdl_kernels.integrations.transformers import PDLCallback, use_pdl_linear_loss
@@ -40,25 +39,6 @@ def test_evaluation_without_logits(tmp_path):
     model = make_model("llama")
     use_pdl_linear_loss(model, W, evaluation_logits=False)
     assert make_trainer(tmp_path, model, rows).evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-6)
-
-
-def statistics_of(rows, model):
-    """What the callback logs of these rows, from the logits."""
-    batch = collate(rows)
-    targets = next_labels(batch["labels"])
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    logits, targets = logits[targets != -100].double(), targets[targets != -100]
-    w = W[targets].double()
-    nll = F.cross_entropy(logits, targets)
-    return {
-        "loss": F.cross_entropy(logits, targets, weight=W.double(), reduction="sum") / len(targets),
-        "nll": nll,
-        "perplexity": nll.exp(),
-        "accuracy": (logits.argmax(-1) == targets).double().mean(),
-        "mean_weight": w.mean(),
-        "effective_sample_share": w.sum().square() / (len(w) * w.square().sum()),
-    }
 
 
 def sharpened(model):

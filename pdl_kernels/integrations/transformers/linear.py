@@ -127,16 +127,17 @@ class LinearLoss(TrainingLoss):
 
     def _decoder_inputs(self, labels: Tensor | None) -> Tensor:
         """(B, L) what the model itself makes of labels where decoder_input_ids are missing."""
-        model = self.model
+        model: Any = self.model
+        made: Tensor
         if labels is not None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            made: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+            made = model.prepare_decoder_input_ids_from_labels(labels=labels)
             return made
-        for owner in type(model).__mro__:
-            shift = getattr(sys.modules[owner.__module__], "shift_tokens_right", None)
-            if labels is not None and shift is not None:
-                made = shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
-                return made
-        raise ValueError("decoder_input_ids are missing; accepted are batches with them, or with labels")
+        modules = (sys.modules[owner.__module__] for owner in type(model).__mro__)
+        shift = next((module.shift_tokens_right for module in modules if hasattr(module, "shift_tokens_right")), None)
+        if labels is None or shift is None:
+            raise ValueError("decoder_input_ids are missing; accepted are batches with them, or with labels")
+        made = shift(labels, model.config.pad_token_id, model.config.decoder_start_token_id)
+        return made
 
     def _fused(
         self,

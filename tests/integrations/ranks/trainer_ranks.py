@@ -12,7 +12,6 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from helpers.ranks import leave
 from helpers.trainer_models import (
     big_batch_gradients,
@@ -20,10 +19,9 @@ from helpers.trainer_models import (
     make_model,
     make_rows,
     make_weights,
-    next_labels,
     relative_error,
 )
-from helpers.trainer_runs import Watch, by_compute_loss, by_linear_loss, by_loss_function, make_trainer
+from helpers.trainer_runs import Watch, by_compute_loss, by_linear_loss, by_loss_function, make_trainer, statistics_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,23 +48,6 @@ def train(folder, route, rows, pieces, name="llama", **settings):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == len(watch.gradients)
     return watch.gradients, logs, trainer.evaluate()["eval_loss"]
-
-
-def statistics_of(rows, model):
-    """What one process logs of these rows."""
-    batch = collate(rows)
-    targets = next_labels(batch["labels"])
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    logits, targets = logits[targets != -100].double(), targets[targets != -100]
-    w = W[targets].double()
-    return {
-        "loss": F.cross_entropy(logits, targets, weight=W.double(), reduction="sum") / len(targets),
-        "nll": F.cross_entropy(logits, targets),
-        "accuracy": (logits.argmax(-1) == targets).double().mean(),
-        "mean_weight": w.mean(),
-        "effective_sample_share": w.sum().square() / (len(w) * w.square().sum()),
-    }
 
 
 def assert_is_one_process(found, rows, windows):
