@@ -24,8 +24,8 @@ if EXECUTED:
 
     ttsem_stand_in.complete_the_stand_in()
 
-# torch finds out once which functions make tensors on a default device. transformers replaces one of them, torch.linspace,
-# while it loads a model: were that the first time, torch.device("meta") would not know the real one any more.
+# torch finds out once which functions make tensors on a default device. transformers replaces torch.linspace while it
+# loads a model: were that the first time, torch.device("meta") would not know the real one any more.
 _device._device_constructors()
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
