@@ -34,6 +34,9 @@ class Transform:
         changed = logits.float() if self.bias is None else logits.float() + self.bias
         return changed if self.temperature == 1 else changed / self.temperature
 
+    def to(self, device: torch.device) -> Transform:
+        return Transform(None if self.bias is None else self.bias.to(device), self.temperature)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -58,7 +61,9 @@ class RoomyLayer(DynamicLayer):
     def _point(self) -> None:
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **options: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
+    ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[2]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = new

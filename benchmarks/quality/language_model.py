@@ -55,6 +55,8 @@ class LanguageModel:
         self.trained = {name: parameter.requires_grad_(True) for name, parameter in self.upper.named_parameters()}
         if self.cut == 0:
             self.trained["output_weight"] = self.output_weight.requires_grad_(True)  # often tied: then named twice
+        if device.type == "cpu":
+            self.upper.config._attn_implementation = "eager"  # of short texts; half of sdpa's time in backward
         self._initial = self.snapshot()
 
     @property
@@ -81,7 +83,9 @@ class LanguageModel:
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     @torch.inference_mode()
-    def below(self, ids: Tensor, **options: Any) -> Tensor:  # (B, L) -> (B, L, H), or the ids where everything is trained
+    def below(
+        self, ids: Tensor, **options: Any
+    ) -> Tensor:  # (B, L) -> (B, L, H), or the ids where everything is trained
         """What the upper part takes."""
         if self.lower is None:
             return ids
@@ -98,7 +102,9 @@ class LanguageModel:
 
     def upper_for_decoding(self) -> nn.Module:
         """A copy of the upper part in the compute dtype."""
-        return copy.deepcopy(self.upper).to(self.compute_dtype).requires_grad_(False).eval()
+        upper = copy.deepcopy(self.upper).to(self.compute_dtype).requires_grad_(False).eval()
+        upper.config._attn_implementation = "sdpa"
+        return upper
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -126,6 +132,7 @@ def split(base: Any, cut: int) -> tuple[Any | None, Any]:
             part.config.layer_types = part.config.layer_types[kept]
         for index, layer in enumerate(part.layers):
             layer.self_attn.layer_idx = index  # its place in the cache of its part
+            layer.self_attn.config = part.config
     return base, upper
 
 

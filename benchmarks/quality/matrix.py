@@ -1,0 +1,270 @@
+"""The experiment, one trained model after the other. Every stage is kept, so that a killed program loses minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import environment
+from benchmarks.quality import records
+from benchmarks.quality.arms import ARMS, MAIN_ARMS, NATURAL, Arm, Variant, variants_of
+from benchmarks.quality.cache import Cache
+from benchmarks.quality.decoding import Answer, decode
+from benchmarks.quality.language_model import LanguageModel
+from benchmarks.quality.metrics.per_text import score_texts
+from benchmarks.quality.prepare import Prepared, prepare
+from benchmarks.quality.scoring import BUCKETS, find_targets, score
+from benchmarks.quality.settings import Settings
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.training import draw_batches, train, validate
+
+PACKAGES = ("torch", "transformers", "sacrebleu", "rouge-score")
+SAMPLES = 3  # prompts shown side by side: the first of the held-out part, which is in random order
+KEPT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_wanted", "rare_hits", "content", "content_found")
+
+
+@dataclass(frozen=True)
+class Run:
+    task: str
+    arm: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.task}, {self.arm}, seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Its place in the cache."""
+        return f"{self.task}/{self.arm}-seed{self.seed}"
+
+
+def plan(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The most telling runs first: the main arms with one seed in every task, then their other seeds, then the rest."""
+    main = [arm for arm in arms if arm in MAIN_ARMS]
+    others = [arm for arm in arms if arm not in MAIN_ARMS]
+    phases = [(main, seeds[:1]), (main, seeds[1:]), (others, seeds[:1]), (others, seeds[1:])]
+    return [
+        Run(task, arm, seed)
+        for chosen, some_seeds in phases
+        for task in tasks
+        for seed in some_seeds
+        for arm in chosen
+        if ARMS[arm].trained or seed == seeds[0]  # nothing differs between the seeds of a model that is not trained
+    ]
+
+
+class Experiment:
+    """The model, and the task at hand, which stays in memory until another's turn."""
+
+    def __init__(self, model: LanguageModel, settings: Settings, cache: Cache, folder: Path):
+        self.model, self.settings, self.cache, self.folder = model, settings, cache, folder
+        self._prepared: Prepared | None = None
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def prepared(self, task: str) -> Prepared:
+        if self._prepared is None or self._prepared.task.name != task:
+            self._prepared = None  # its memory is needed
+            start = time.perf_counter()
+            self._prepared = prepare(TASKS[task], self.model, self.settings, self.cache)
+            path = records.task_path(self.folder, task)
+            if not path.exists():
+                records.write(path, self.describe(self._prepared, time.perf_counter() - start))
+        return self._prepared
+
+    def describe(self, prepared: Prepared, seconds: float) -> dict[str, Any]:
+        """What a reader of the records needs to know of a task; the texts themselves stay with their packages."""
+        document = self.cache.load(f"{prepared.task.name}/pairs.json")
+        counts = prepared.counts.counts
+        references = [pair.reference for pair in prepared.pairs["held_out"]]
+        return {
+            "task": prepared.task.name,
+            "settings": self.settings.facts(),
+            "environment": self.environment(),
+            "versions": document["versions"],
+            "fitting_pairs": document["fitting"],
+            "pairs": {part: len(pairs) for part, pairs in prepared.pairs.items()},
+            "groups": {part: len({pair.group for pair in pairs}) for part, pairs in prepared.pairs.items()},
+            "training_targets": int(counts.sum()),
+            "types": int((counts > 0).sum()),
+            "vocab_size": prepared.model.vocab_size,
+            "mean_prompt_tokens": mean(len(one.prompt) for one in prepared.states["held_out"].encoded),
+            "mean_reference_tokens": mean(len(one.targets) for one in prepared.states["held_out"].encoded),
+            "held_out_digest": prepared.digest(),
+            "common_words": sorted(prepared.common_words),
+            "reference_scores": records.compact(
+                {
+                    name: values
+                    for name, values in score_texts(
+                        references,
+                        references,
+                        [pair.source for pair in prepared.pairs["held_out"]],
+                        prepared.common_words,
+                    ).items()
+                    if name in ("words", "rare_wanted", "content", "content_found")
+                }
+            ),
+            "samples": [
+                {"prompt": list(pair.turns), "reference": pair.reference}
+                for pair in prepared.pairs["held_out"][:SAMPLES]
+            ],
+            "seconds": round(seconds, 1),
+        }
+
+    def environment(self) -> dict[str, Any]:
+        device = self.model.device
+        return {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "commit": environment.commit(),
+            "device": environment.device_name(device),
+            "threads": torch.get_num_threads(),
+            "model": self.model.name,
+            "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
+            "packages": {package: environment.version(package) for package in PACKAGES},
+        }
+
+    def run(self, run: Run) -> None:
+        """Train, measure, write, score; the record is written at the end, the parts are kept until then."""
+        self.seconds = {}
+        arm, prepared = ARMS[run.arm], self.prepared(run.task)
+        weights = arm.table(prepared.counts)
+        weights = None if weights is None else weights.to(self.model.device)
+        partial = self.cache.load(f"{run.name}.json") or {"texts": {}, "seconds": {}}
+        self.seconds = partial["seconds"]
+        search = self.choose_learning_rate(run, arm, weights, prepared) if arm.trained else None
+        losses = self.train(run, arm, weights, prepared, search["chosen"]) if search else []
+        transforms = {
+            variant.name: variant.transform(prepared.counts, weights).to(self.model.device)
+            for variant in variants_of(arm)
+        }
+        with self.stage("scoring"):
+            targets = find_targets(self.model, prepared.states["held_out"])
+            prompts = len(prepared.pairs["held_out"])
+            scores, tokens = score(self.model, targets, transforms, prepared.bucket_of, prompts)
+        for variant in variants_of(arm):
+            for mode in [mode for mode in ("greedy", "sampled") if getattr(variant, mode)]:
+                key = f"{variant.name} {mode}"
+                if key not in partial["texts"]:
+                    partial["texts"][key] = self.write_texts(run, variant, mode, transforms[variant.name], prepared)
+                    partial["seconds"] = self.seconds
+                    self.cache.save(f"{run.name}.json", partial)
+        document = {
+            "task": run.task,
+            "arm": run.arm,
+            "seed": run.seed,
+            "settings": self.settings.facts(),
+            "environment": self.environment(),
+            "held_out_digest": prepared.digest(),
+            "learning_rate": search,
+            "losses": [round(loss, 4) for loss in losses],
+            "buckets": list(BUCKETS),
+            "tokens": tokens.tolist(),
+            "nll": {name: (one.nll * 1000).round().astype(int).tolist() for name, one in scores.items()},
+            "correct": {name: one.correct.tolist() for name, one in scores.items()},
+            "texts": partial["texts"],
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+        }
+        records.write(records.record_path(self.folder, run.task, run.arm, run.seed), document)
+        self.cache.remove(f"{run.name}.json")
+        self.cache.remove(f"{run.name}.pt")
+
+    def choose_learning_rate(self, run: Run, arm: Arm, weights: Tensor | None, prepared: Prepared) -> dict[str, Any]:
+        """By the calibrated model's NLL in validation, after a short run with the first seed; once for all seeds."""
+        name = f"{run.task}/{run.arm}-learning-rate"
+        with self.cache.claim(name):
+            found = self.cache.load(f"{name}.json")
+            if found is not None:
+                return found
+            states = prepared.states["training"]
+            batches = draw_batches([len(one.inputs) for one in states.encoded], self.settings.batch_size, seed=0)
+            batches = batches[: self.settings.search_steps]
+            tried = {}
+            with self.stage("learning rate"):
+                for rate in self.settings.learning_rates:
+                    train(self.model, arm, weights, states, batches, rate, f"{run.label}: learning rate {rate:g}")
+                    targets = find_targets(self.model, prepared.states["validation"])
+                    tried[f"{rate:g}"] = asdict(validate(self.model, arm, weights, targets))
+            best = {by: min(tried, key=lambda rate: tried[rate][by]) for by in ("calibrated_nll", "own_loss")}
+            found = {"tried": tried, "chosen": float(best["calibrated_nll"]), "by_own_loss": float(best["own_loss"])}
+            self.cache.save(f"{name}.json", found)
+            return found
+
+    def train(
+        self, run: Run, arm: Arm, weights: Tensor | None, prepared: Prepared, learning_rate: float
+    ) -> list[float]:
+        kept = self.cache.load(f"{run.name}.pt")
+        if kept is not None:
+            self.model.restore(kept["parameters"])
+            return kept["losses"].tolist()
+        states = prepared.states["training"]
+        batches = draw_batches([len(one.inputs) for one in states.encoded], self.settings.batch_size, seed=run.seed)
+        with self.stage("training"):
+            losses = train(self.model, arm, weights, states, batches, learning_rate, f"{run.label}: training")
+        self.cache.save(f"{run.name}.pt", {"parameters": self.model.snapshot(), "losses": torch.tensor(losses)})
+        return losses
+
+    def write_texts(self, run: Run, variant: Variant, mode: str, transform: Any, prepared: Prepared) -> dict[str, Any]:
+        """Texts for the held-out prompts, with the scores that need references."""
+        pairs = prepared.pairs["held_out"]
+        label = run.label if variant.name == NATURAL else f"{run.label}, {variant.name}"
+        uniforms = None
+        if mode == "sampled":  # the same numbers for every arm
+            generator = torch.Generator().manual_seed(run.seed)
+            uniforms = torch.rand(len(pairs), prepared.task.new_tokens, generator=generator)
+        with self.stage("writing"):
+            upper = self.model.upper_for_decoding()
+            answers = decode(
+                self.model, upper, prepared.prompts, transform, prepared.task.new_tokens, uniforms, f"{label}: {mode}"
+            )
+        with self.stage("text scores"):
+            return self.scored(answers, prepared)
+
+    def scored(self, answers: list[Answer], prepared: Prepared) -> dict[str, Any]:
+        pairs = prepared.pairs["held_out"]
+        texts = [self.model.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in answers]
+        scores = score_texts(
+            texts, [pair.reference for pair in pairs], [pair.source for pair in pairs], prepared.common_words
+        )
+        return {
+            "texts": texts,
+            "ended": [int(one.ended) for one in answers],
+            "tokens": [len(one.tokens) for one in answers],
+            "scores": records.compact({name: scores[name] for name in KEPT_SCORES}),
+        }
+
+
+def mean(values: Iterator[int]) -> float:
+    numbers = list(values)
+    return round(sum(numbers) / len(numbers), 1)
+
+
+def run_all(experiment: Experiment, runs: Sequence[Run]) -> None:
+    """Every run that has no record yet and that no other process is at; two processes share the work."""
+    pending = [run for run in runs if not is_done(experiment.folder, run)]
+    with tqdm(
+        total=len(runs), initial=len(runs) - len(pending), desc="all", unit="run", dynamic_ncols=True
+    ) as progress:
+        for run in pending:
+            with experiment.cache.claim(run.name, wait=False) as mine:
+                if mine and not is_done(experiment.folder, run):
+                    progress.set_postfix_str(run.label)
+                    experiment.run(run)
+            progress.update()
+
+
+def is_done(folder: Path, run: Run) -> bool:
+    return records.record_path(folder, run.task, run.arm, run.seed).exists()

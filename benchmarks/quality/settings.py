@@ -1,0 +1,62 @@
+"""How large the experiment is. What changes a number is part of the settings, and so of the cache's name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+CACHE_VERSION = 1  # to be raised when what the stages keep would no longer fit
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str | None = None  # a folder or a name on the hub; None: the packaged SmolLM2-135M-Instruct
+    layers: int | None = 4  # how many of the last layers are trained; None: everything
+    training_pairs: int = 5120
+    validation_pairs: int = 500
+    held_out_pairs: int = 500
+    batch_size: int = 16
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    search_steps: int = 100  # of each run that a learning rate is chosen by
+    seeds: int = 3
+    compute_dtype: str = "bfloat16"
+
+    @property
+    def steps(self) -> int:
+        """One epoch."""
+        return self.training_pairs // self.batch_size
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def digest(self) -> str:
+        """A short name for everything that changes a number."""
+        content = json.dumps({"version": CACHE_VERSION, **self.facts()}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def for_device(device: torch.device, dtype: torch.dtype, model: str | None) -> Settings:
+    """The last layers on a CPU; everything, with smaller learning rates, on a GPU."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        return Settings(model=model, compute_dtype=name)
+    return Settings(model=model, layers=None, learning_rates=(1e-5, 3e-5, 1e-4), compute_dtype=name)
+
+
+def quick(settings: Settings) -> Settings:
+    """Small enough for a few minutes on two cores; what it finds means nothing."""
+    return Settings(
+        model=settings.model,
+        layers=settings.layers,
+        training_pairs=256,
+        validation_pairs=32,
+        held_out_pairs=48,
+        learning_rates=settings.learning_rates[1:2],
+        search_steps=4,
+        seeds=1,
+        compute_dtype=settings.compute_dtype,
+    )
