@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.tasks.pairs import Pair
 
+TENTHS = 10  # a tenth is set aside for each part that is drawn from, if there is enough: more groups than needed
 MINIMUM_REPEATED_WORDS = 6  # a shorter reference, "yes I do" say, may recur without giving anything away
 
 
@@ -33,7 +34,8 @@ def split(pairs: Sequence[Pair], *, training: int, validation: int, held_out: in
     groups = _grouped(pairs)
     names = sorted(groups)
     random.Random(seed).shuffle(names)
-    held_out_wanted, validation_wanted = held_out, validation
+    least = min(len(pairs) // TENTHS, (len(pairs) - training) // 3)
+    held_out_wanted, validation_wanted = max(held_out, least), max(validation, least)
     while True:
         remaining = iter(names)
         held_out_part = _take(remaining, groups, held_out_wanted)
