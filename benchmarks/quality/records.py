@@ -15,7 +15,7 @@ from pdl_kernels.weights.files import replace_file
 
 SCHEMA = "pdl-kernels quality"
 VERSION = 1
-THOUSANDTHS = ("rouge_l", "chrf")  # kept as whole thousandths
+THOUSANDTHS = ("rouge_l", "chrf", "cut_rouge_l", "cut_chrf")  # kept as whole thousandths
 
 
 def record_path(folder: Path, task: str, arm: str, seed: int) -> Path:

@@ -1,0 +1,1 @@
+"""Tables, plots and docs/evidence.md, from the records alone."""

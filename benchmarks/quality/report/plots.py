@@ -1,0 +1,140 @@
+"""The frontier and the NLL by frequency, from the same series as the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.arms import ALPHAS
+from benchmarks.quality.intervals import estimate
+from benchmarks.quality.report.comparisons import ADJUSTED, CROSS_ENTROPY, CURVES, MODES
+from benchmarks.quality.report.evidence import Reading, TaskEvidence
+from benchmarks.quality.scoring import BUCKETS
+from benchmarks.quality.tasks import TASKS
+
+PDL = [Reading(f"pdl-{alpha:g}") for alpha in ALPHAS]
+OTHERS = [Reading("pdl-paper"), Reading("inverse-square-root"), Reading("focal"), Reading("untouched")]
+COLOURS = {"cross entropy": "black", "adjusted logits": "tab:blue", "temperature": "tab:orange", "PDL": "tab:red"}
+MARKERS = dict(zip((reading.arm for reading in OTHERS), "DsPX", strict=True))
+
+
+def plot_frontier(evidences: Sequence[TaskEvidence], path: Path) -> None:
+    """Diversity against quality: to the upper right of a baseline's curve is what the baseline cannot give."""
+    figure, axes = _axes(len(MODES), len(evidences))
+    for row, mode in enumerate(MODES):
+        for column, evidence in enumerate(evidences):
+            axis = axes[row][column]
+            for name, points in CURVES.items():
+                _curve(axis, evidence, mode, points, COLOURS[name], f"cross entropy, {name}", _dials(points))
+            _curve(axis, evidence, mode, [CROSS_ENTROPY, *PDL], COLOURS["PDL"], "PDL, trained", ["", *map(_dial, PDL)])
+            _point(axis, evidence, mode, CROSS_ENTROPY, "o", COLOURS["cross entropy"], "cross entropy")
+            for reading in OTHERS:
+                _point(axis, evidence, mode, reading, MARKERS[reading.arm], "tab:gray", reading.title)
+            axis.set_title(f"{TASKS[evidence.name].title}, {mode}", fontsize=10)
+            axis.set_xlabel("ROUGE-L against the reference", fontsize=8)
+            axis.set_ylabel(f"share of distinct ones among {evidence.pairs:,} word pairs", fontsize=8)
+            axis.tick_params(labelsize=8)
+    handles, labels = axes[-1][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    _save(figure, path)
+
+
+def plot_nll(evidences: Sequence[TaskEvidence], path: Path) -> None:
+    """What each way to train or to read does to tokens by their frequency, less cross entropy as it is."""
+    figure, axes = _axes(1, len(evidences), height=3.6)
+    ways = [
+        *((reading, "tab:red", "-") for reading in (Reading("pdl-0.4"), Reading("pdl-1"))),
+        *((Reading(arm, "undone"), "tab:red", ":") for arm in ("pdl-0.4", "pdl-1")),
+        *((reading, "tab:blue", "-") for reading in (ADJUSTED[ALPHAS.index(0.4) + 1], ADJUSTED[-1])),
+        (Reading("untouched"), "tab:gray", "--"),
+    ]
+    for axis, evidence in zip(axes[0], evidences, strict=True):
+        for place, (reading, colour, line) in enumerate(way for way in ways if way[0].arm in evidence.arms):
+            changes = [
+                estimate(evidence.nll(reading, bucket) - evidence.nll(CROSS_ENTROPY, bucket)) for bucket in BUCKETS
+            ]
+            at = [index + 0.04 * (place - 3) for index in range(len(BUCKETS))]
+            marker = "s" if "1" in _dial(reading) else "o"
+            margins = [change.high - change.value for change in changes]
+            values = [change.value for change in changes]
+            axis.errorbar(at, values, margins, color=colour, linestyle=line, marker=marker, label=reading.title, ms=4)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(BUCKETS)), BUCKETS)
+        axis.set_title(TASKS[evidence.name].title, fontsize=10)
+        axis.set_ylabel("unweighted NLL, less cross entropy's", fontsize=8)
+        axis.tick_params(labelsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    _save(figure, path)
+
+
+def _curve(
+    axis: Any,
+    evidence: TaskEvidence,
+    mode: str,
+    points: Sequence[Reading],
+    colour: str,
+    label: str,
+    dials: Sequence[str],
+) -> None:
+    shown = [
+        (reading, dial)
+        for reading, dial in zip(points, dials, strict=True)
+        if reading.arm in evidence.arms and evidence.has_texts(reading, mode)
+    ]
+    if len(shown) < 2:
+        return
+    quality = [estimate(evidence.series(reading, mode, "rouge_l")) for reading, _ in shown]
+    diversity = [estimate(evidence.series(reading, mode, "diversity")) for reading, _ in shown]
+    axis.errorbar(
+        [one.value for one in quality],
+        [one.value for one in diversity],
+        xerr=[one.high - one.value for one in quality],
+        yerr=[one.high - one.value for one in diversity],
+        color=colour,
+        marker="o",
+        ms=4,
+        elinewidth=0.6,
+        label=label,
+    )
+    for (_, dial), x, y in zip(shown, quality, diversity, strict=True):
+        axis.annotate(dial, (x.value, y.value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour)
+
+
+def _point(
+    axis: Any, evidence: TaskEvidence, mode: str, reading: Reading, marker: str, colour: str, label: str
+) -> None:
+    if reading.arm in evidence.arms and evidence.has_texts(reading, mode):
+        x, y = (evidence.series(reading, mode, measure)[0] for measure in ("rouge_l", "diversity"))
+        axis.plot(x, y, marker=marker, color=colour, linestyle="", label=label, ms=6, zorder=5)
+
+
+def _dial(reading: Reading) -> str:
+    """The number that a point of a curve is set to."""
+    name = reading.arm if reading.arm != "cross-entropy" else reading.variant
+    return name.rsplit("-", 1)[-1] if "-" in name else ""
+
+
+def _dials(points: Sequence[Reading]) -> list[str]:
+    return ["" if reading == CROSS_ENTROPY else _dial(reading) for reading in points]
+
+
+def _axes(rows: int, columns: int, height: float = 3.2) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(rows, columns, figsize=(4.2 * columns, height * rows + 0.6), squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    temporary.replace(path)
+    pyplot.close(figure)
