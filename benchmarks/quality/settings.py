@@ -20,8 +20,8 @@ class Settings:
     validation_pairs: int = 500
     held_out_pairs: int = 500
     batch_size: int = 16
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    search_steps: int = 100  # of each run that a learning rate is chosen by
+    learning_rates: tuple[float, ...] = (2e-4, 6e-4, 2e-3)
+    search_steps: int = 80  # of each run that a learning rate is chosen by
     seeds: int = 3
     compute_dtype: str = "bfloat16"
 

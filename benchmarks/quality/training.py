@@ -47,7 +47,7 @@ def train(
 ) -> list[float]:
     """Train from the initial parameters; AdamW, the rate falls linearly to 0. Returns the loss of each step."""
     model.restore()
-    optimiser = torch.optim.AdamW(model.parameters, lr=learning_rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(model.parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / len(batches))
     losses: list[Tensor] = []
     with tqdm(batches, desc=description, unit="step", dynamic_ncols=True, leave=False) as progress:
