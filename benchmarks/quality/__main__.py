@@ -25,7 +25,7 @@ from benchmarks.quality.arms import ARMS
 from benchmarks.quality.cache import Cache
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.jobs import run_jobs
-from benchmarks.quality.language_model import compute_dtype, load
+from benchmarks.quality.language_model import compute_dtype, load, version_of
 from benchmarks.quality.listing import print_list
 from benchmarks.quality.matrix import Experiment, plan, run_all
 from benchmarks.quality.settings import for_device, quick
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else compute_dtype(device)
-    settings = for_device(device, dtype, options.model)
+    settings = for_device(device, dtype, options.model, version_of(options.model))
     tasks, arms = options.task or list(OFFLINE), options.arm or list(ARMS)
     if options.quick:
         settings = quick(settings)

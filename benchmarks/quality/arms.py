@@ -86,12 +86,20 @@ def variants_of(arm: Arm) -> list[Variant]:
                 Variant(
                     name,
                     f"{arm.title}, shift {name.replace('-', ' ')}",
-                    lambda counts, weights, strength=strength: Transform(strength * calibration_bias(weights)),
+                    lambda counts, weights, strength=strength: Transform(strength * undoing_bias(weights, counts)),
                     greedy=texts,
                     sampled=texts,
                 )
             )
     return variants
+
+
+def undoing_bias(weights: Tensor, counts: TokenCounts) -> Tensor:  # (V,) -> (V,) float32
+    """-log w, and 0 for types that training never saw as targets: their weight has shifted nothing.
+
+    The presets give such types the weight 1, whose logarithm is 0 anyway. The paper's formula gives them 1e7.
+    """
+    return torch.where(counts.counts.to(weights.device) > 0, calibration_bias(weights), 0.0)
 
 
 def adjusted(tau: float) -> Variant:

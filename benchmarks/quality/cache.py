@@ -54,7 +54,7 @@ class Cache:
             if name.endswith(".pt"):
                 return torch.load(path, weights_only=True, mmap=True)
             return json.loads(path.read_text())
-        except (RuntimeError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
             raise UserError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and start again"
             ) from None

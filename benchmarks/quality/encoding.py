@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.quality.errors import UserError
 from benchmarks.quality.language_model import LanguageModel
 from benchmarks.quality.tasks.pairs import Pair, Task
 
@@ -32,9 +34,12 @@ class Encoded:
 
 def encode(pair: Pair, task: Task, tokenizer: Any) -> Encoded:
     """The reference is tokenized by itself: the template's prompt ends before it."""
-    prompt = tokenizer.apply_chat_template(
-        pair.messages(task.instruction), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    try:
+        prompt = tokenizer.apply_chat_template(
+            pair.messages(task.instruction), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses the messages of {task.name}: {error}") from None
     reference = tokenizer(pair.reference, add_special_tokens=False)["input_ids"]
     return Encoded(prompt, [*reference, tokenizer.eos_token_id])
 

@@ -7,6 +7,7 @@ as it is, too. With a cut of 0 everything is trained.
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.metadata
 import os
 from pathlib import Path
@@ -55,11 +56,12 @@ class LanguageModel:
         self.compute_dtype = dtype
         self.cut = 0 if trained_layers is None else layers - trained_layers
         causal_lm.eval().requires_grad_(False).to(device)
-        self.output_weight: Tensor = causal_lm.get_output_embeddings().weight  # (V, H)
+        self.output_weight: Tensor = causal_lm.get_output_embeddings().weight  # (V, H) float32
         self.lower, self.upper = split(base, self.cut)
         if self.lower is not None:
-            self.lower.to(self.compute_dtype)
-            self.output_weight = self.output_weight.detach().to(self.compute_dtype)
+            self.output_weight = self.output_weight.detach().clone()  # the lower part may own it as its embedding
+            convert(self.lower, self.compute_dtype)
+        self._frozen_output_weight = self.output_weight.detach().to(self.compute_dtype) if self.cut else None
         self.trained = {name: parameter.requires_grad_(True) for name, parameter in self.upper.named_parameters()}
         if self.cut == 0:
             self.trained["output_weight"] = self.output_weight.requires_grad_(True)  # often tied: then named twice
@@ -103,12 +105,20 @@ class LanguageModel:
         taken = {"input_ids": inputs} if self.lower is None else {"inputs_embeds": inputs}
         return upper(**taken, use_cache="cache" in options, **options).last_hidden_state
 
-    def logits(self, states: Tensor) -> Tensor:  # (N, H) -> (N, V), in the compute dtype
-        return F.linear(states.to(self.compute_dtype), self.output_weight.to(self.compute_dtype))
+    def training_logits(self, states: Tensor) -> Tensor:  # (N, H) -> (N, V), in the compute dtype
+        """Under autocast, as training frameworks do it."""
+        if self._frozen_output_weight is None:
+            return F.linear(states, self.output_weight)
+        return F.linear(states.to(self.compute_dtype), self._frozen_output_weight)
+
+    def logits(self, states: Tensor) -> Tensor:  # (N, H) -> (N, V) float32
+        """For choosing and scoring tokens. In bfloat16, 6 % of the positions have two likeliest tokens that tie."""
+        return F.linear(states.float(), self.output_weight)
 
     def upper_for_decoding(self) -> nn.Module:
         """A copy of the upper part in the compute dtype."""
-        upper = copy.deepcopy(self.upper).to(self.compute_dtype).requires_grad_(False).eval()
+        upper = copy.deepcopy(self.upper).requires_grad_(False).eval()
+        convert(upper, self.compute_dtype)
         upper.config._attn_implementation = "sdpa"
         return upper
 
@@ -120,6 +130,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def convert(part: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: rotary frequencies are a buffer, and rounded ones would turn distant positions."""
+    for parameter in part.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def split(base: Any, cut: int) -> tuple[Any | None, Any]:
@@ -162,6 +178,17 @@ def load(name: str | None, trained_layers: int | None, device: torch.device, dty
     except (OSError, ValueError) as error:
         raise UserError(f"--model {chosen}: {str(error).splitlines()[0]}") from None
     return LanguageModel(chosen, tokenizer, model, trained_layers, device, dtype)
+
+
+def version_of(name: str | None) -> str:
+    """What tells the model from another state of it: the package's version, or sizes and times of a folder's files."""
+    if name is None:
+        packaged_model()  # says what is missing
+        return f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+    if not Path(name).is_dir():
+        return ""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(name).iterdir())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:10]
 
 
 def packaged_model() -> dict[str, Any]:

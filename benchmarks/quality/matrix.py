@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -90,7 +91,7 @@ class Experiment:
             self._prepared = prepare(TASKS[task], self.model, self.settings, self.cache)
             path = records.task_path(self.folder, task)
             if path.exists():
-                require_same(records.read(path), self.settings, self._prepared, path)
+                require_same(path, self.settings, self._prepared)
             else:
                 records.write(path, self.describe(self._prepared, time.perf_counter() - start))
         return self._prepared
@@ -105,7 +106,7 @@ class Experiment:
             "task": prepared.task.name,
             "settings": self.settings.facts(),
             "environment": self.environment(),
-            "versions": document["versions"],
+            **document["made from"],
             "fitting_pairs": document["fitting"],
             "pairs": {part: len(pairs) for part, pairs in prepared.pairs.items()},
             "groups": {part: len({pair.group for pair in pairs}) for part, pairs in prepared.pairs.items()},
@@ -155,8 +156,10 @@ class Experiment:
         weights = None if weights is None else weights.to(self.model.device)
         partial = self.cache.load(f"{run.name}.json") or {"texts": {}, "seconds": {}}
         self.seconds = partial["seconds"]
+        self.model.restore()  # an arm that is not trained is the model as it came, whatever ran before
         search = self.choose_learning_rate(run, arm, weights, prepared) if arm.trained else None
         losses = self.train(run, arm, weights, prepared, search["chosen"]) if search else []
+        self.cache.save(f"{run.name}.json", partial)  # its seconds
         transforms = {
             variant.name: variant.transform(prepared.counts, weights).to(self.model.device)
             for variant in variants_of(arm)
@@ -207,8 +210,8 @@ class Experiment:
                 for rate in self.settings.learning_rates:
                     train(self.model, arm, weights, states, batches, rate, f"{run.label}: learning rate {rate:g}")
                     targets = find_targets(self.model, prepared.states["validation"])
-                    tried[f"{rate:g}"] = asdict(validate(self.model, arm, weights, targets))
-            best = {by: min(tried, key=lambda rate: tried[rate][by]) for by in ("calibrated_nll", "own_loss")}
+                    tried[f"{rate:g}"] = asdict(validate(self.model, arm, weights, targets, prepared.counts))
+            best = {by: best_rate(tried, by) for by in ("calibrated_nll", "own_loss")}
             found = {"tried": tried, "chosen": float(best["calibrated_nll"]), "by_own_loss": float(best["own_loss"])}
             self.cache.save(f"{name}.json", found)
             return found
@@ -262,13 +265,22 @@ class Experiment:
         }
 
 
-def require_same(document: dict[str, Any], settings: Settings, prepared: Prepared, path: Path) -> None:
+def best_rate(tried: dict[str, dict[str, float]], by: str) -> str:
+    """The learning rate with the smallest number; one that diverged is never the best."""
+    finite = {rate: numbers[by] for rate, numbers in tried.items() if math.isfinite(numbers[by])}
+    if not finite:
+        raise UserError(f"every learning rate diverged ({', '.join(tried)}): there is nothing to compare")
+    return min(finite, key=lambda rate: finite[rate])
+
+
+def require_same(path: Path, settings: Settings, prepared: Prepared | None = None) -> None:
     """Refuse to add to records that were made in another way, or from other pairs."""
+    document = records.read(path)
     made, facts = document["settings"], json.loads(json.dumps(settings.facts()))
     different = [
         f"{name} {made.get(name)} there, {value} here" for name, value in facts.items() if made.get(name) != value
     ]
-    if document["held_out_digest"] != prepared.digest():
+    if prepared is not None and document["held_out_digest"] != prepared.digest():
         different.append(f"held-out pairs of {document['versions']} there")
     if different:
         raise UserError(f"{path} was made in another way ({'; '.join(different)}): give another folder with --out")
@@ -299,6 +311,9 @@ def mean(values: Iterator[int]) -> float:
 
 def run_all(experiment: Experiment, runs: Sequence[Run]) -> None:
     """Every run that has no record yet and that no other process is at; two processes share the work."""
+    for task in dict.fromkeys(run.task for run in runs):
+        if (path := records.task_path(experiment.folder, task)).exists():
+            require_same(path, experiment.settings)
     pending = [run for run in runs if not is_done(experiment.folder, run)]
     with tqdm(
         total=len(runs), initial=len(runs) - len(pending), desc="all", unit="run", dynamic_ncols=True

@@ -65,6 +65,9 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache) 
         if document is None:
             document = choose_pairs(task, model, settings)
             cache.save(f"{task.name}/pairs.json", document)
+        elif document["made from"] != made_from(task):
+            was = document["made from"]
+            raise UserError(f"{cache.folder / task.name} was made from {was}; here are {made_from(task)}: delete it")
         pairs = {part: [Pair(tuple(turns), *rest) for turns, *rest in document[part]["pairs"]] for part in PARTS}
         states = {}
         for part in PARTS:
@@ -84,6 +87,12 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache) 
     return Prepared(task, pairs, states, counts, model)
 
 
+def made_from(task: Task) -> dict[str, Any]:
+    """What the pairs and their ids depend on, beside the settings."""
+    limits = {"prompt tokens": task.prompt_tokens, "new tokens": task.new_tokens}
+    return {"versions": versions_of(task.name), "instruction": task.instruction, **limits}
+
+
 def choose_pairs(task: Task, model: LanguageModel, settings: Settings) -> dict[str, Any]:
     """The pairs that fit, split by group."""
     fitting = encode_those_that_fit(task.load(), task, model.tokenizer)
@@ -95,7 +104,7 @@ def choose_pairs(task: Task, model: LanguageModel, settings: Settings) -> dict[s
         held_out=settings.held_out_pairs,
         seed=SPLIT_SEED,
     )
-    document: dict[str, Any] = {"fitting": len(fitting), "versions": versions_of(task.name)}
+    document: dict[str, Any] = {"fitting": len(fitting), "made from": made_from(task)}
     for part in PARTS:
         chosen: list[Pair] = getattr(parts, part)
         document[part] = {

@@ -49,7 +49,7 @@ def find_targets(model: LanguageModel, states: States) -> Targets:
         inputs, labels = (part.to(model.device) for part in states.batch(rows))
         counted = labels != IGNORED
         with model.autocast():
-            found.append(model.above(inputs)[counted].to(model.compute_dtype))
+            found.append(model.above(inputs)[counted].float())
         labels_found.append(labels[counted])
         prompts.append(torch.tensor(rows)[:, None].expand(labels.shape)[counted.cpu()])
     return Targets(torch.cat(found), torch.cat(labels_found), torch.cat(prompts))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-CACHE_VERSION = 1  # to be raised when what the stages keep would no longer fit
+CACHE_VERSION = 2  # to be raised when what the stages keep would no longer fit
 
 
 @dataclass(frozen=True)
 class Settings:
     model: str | None = None  # a folder or a name on the hub; None: the packaged SmolLM2-135M-Instruct
+    model_version: str = ""  # of the package, or what tells one state of a folder from another
     layers: int | None = 4  # how many of the last layers are trained; None: everything
     training_pairs: int = 5120
     validation_pairs: int = 500
@@ -39,24 +40,22 @@ class Settings:
         return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
-def for_device(device: torch.device, dtype: torch.dtype, model: str | None) -> Settings:
+def for_device(device: torch.device, dtype: torch.dtype, model: str | None, model_version: str) -> Settings:
     """The last layers on a CPU; everything, with smaller learning rates, on a GPU."""
     name = str(dtype).removeprefix("torch.")
     if device.type == "cpu":
-        return Settings(model=model, compute_dtype=name)
-    return Settings(model=model, layers=None, learning_rates=(1e-5, 3e-5, 1e-4), compute_dtype=name)
+        return Settings(model, model_version, compute_dtype=name)
+    return Settings(model, model_version, layers=None, learning_rates=(1e-5, 3e-5, 1e-4), compute_dtype=name)
 
 
 def quick(settings: Settings) -> Settings:
     """Small enough for a few minutes on two cores; what it finds means nothing."""
-    return Settings(
-        model=settings.model,
-        layers=settings.layers,
+    return replace(
+        settings,
         training_pairs=256,
         validation_pairs=32,
         held_out_pairs=48,
         learning_rates=settings.learning_rates[1:2],
         search_steps=4,
         seeds=1,
-        compute_dtype=settings.compute_dtype,
     )

@@ -6,14 +6,16 @@ import random
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.quality.arms import Arm
+from benchmarks.quality.arms import Arm, undoing_bias
+from benchmarks.quality.decoding import Transform
 from benchmarks.quality.encoding import IGNORED, States
 from benchmarks.quality.language_model import LanguageModel
 from benchmarks.quality.scoring import Targets
-from pdl_kernels import calibration_bias
+from pdl_kernels import TokenCounts
 
 BATCHES_SORTED_TOGETHER = 16
 GRADIENT_NORM = 1.0
@@ -55,7 +57,7 @@ def train(
             inputs, labels = (part.to(model.device) for part in states.batch(rows))
             counted = labels != IGNORED
             with model.autocast():
-                logits = model.logits(model.above(inputs)[counted])  # (N, V): only rows that have a target
+                logits = model.training_logits(model.above(inputs)[counted])  # (N, V): only rows that have a target
             loss = arm.loss(logits, labels[counted], weights)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -71,16 +73,20 @@ class Validation:
     """Two ways to judge a learning rate; smaller is better for both."""
 
     calibrated_nll: float  # unweighted, of the logits with the shift undone: a model of natural text
-    own_loss: float  # the loss that was trained
+    own_loss: float  # the loss that was trained, of targets whose types were seen in training
 
 
 @torch.inference_mode()
-def validate(model: LanguageModel, arm: Arm, weights: Tensor | None, targets: Targets) -> Validation:
-    bias = None if weights is None else calibration_bias(weights)
-    nll, own, count = 0.0, 0.0, 0
+def validate(
+    model: LanguageModel, arm: Arm, weights: Tensor | None, targets: Targets, counts: TokenCounts
+) -> Validation:
+    undone = Transform(None if weights is None else undoing_bias(weights, counts))
+    seen_types = counts.counts.to(model.device) > 0
+    nll, own, count, seen_count = 0.0, 0.0, 0, 0
     for logits, labels in targets.logits(model):
-        own += float(arm.loss(logits, labels, weights)) * len(labels)
-        logits = logits.float() if bias is None else logits.float() + bias
-        nll += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        nll += float(F.cross_entropy(undone(logits), labels, reduction="sum"))
         count += len(labels)
-    return Validation(nll / count, own / count)
+        seen = seen_types[labels]
+        own += float(arm.loss(logits[seen], labels[seen], weights)) * int(seen.sum())
+        seen_count += int(seen.sum())
+    return Validation(nll / count, own / seen_count)
