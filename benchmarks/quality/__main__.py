@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else compute_dtype(device)
-    settings = for_device(device, dtype, options.model, version_of(options.model))
+    version = "" if options.list else version_of(options.model)
+    settings = for_device(device, dtype, options.model, version)
     tasks, arms = options.task or list(OFFLINE), options.arm or list(ARMS)
     if options.quick:
         settings = quick(settings)
