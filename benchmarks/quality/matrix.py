@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from benchmarks.quality.intervals import cut_to_shorter
 from benchmarks.quality.language_model import LanguageModel
 from benchmarks.quality.metrics.per_text import score_texts
 from benchmarks.quality.metrics.words import ngrams, words
-from benchmarks.quality.prepare import Prepared, prepare
+from benchmarks.quality.prepare import Prepared, is_prepared, prepare
 from benchmarks.quality.scoring import BUCKETS, find_targets, score
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import TASKS
@@ -276,7 +275,7 @@ def best_rate(tried: dict[str, dict[str, float]], by: str) -> str:
 def require_same(path: Path, settings: Settings, prepared: Prepared | None = None) -> None:
     """Refuse to add to records that were made in another way, or from other pairs."""
     document = records.read(path)
-    made, facts = document["settings"], json.loads(json.dumps(settings.facts()))
+    made, facts = document["settings"], records.as_json(settings.facts())
     different = [
         f"{name} {made.get(name)} there, {value} here" for name, value in facts.items() if made.get(name) != value
     ]
@@ -315,6 +314,9 @@ def run_all(experiment: Experiment, runs: Sequence[Run]) -> None:
         if (path := records.task_path(experiment.folder, task)).exists():
             require_same(path, experiment.settings)
     pending = [run for run in runs if not is_done(experiment.folder, run)]
+    for task in dict.fromkeys(run.task for run in pending):
+        if not is_prepared(TASKS[task], experiment.cache):  # each process takes another task first
+            prepare(TASKS[task], experiment.model, experiment.settings, experiment.cache, wait=False)
     with tqdm(
         total=len(runs), initial=len(runs) - len(pending), desc="all", unit="run", dynamic_ncols=True
     ) as progress:

@@ -59,16 +59,23 @@ def digest_of(pairs: list[Pair]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache) -> Prepared:
-    with cache.claim(f"{task.name}/prepare"):
+def is_prepared(task: Task, cache: Cache) -> bool:
+    return all(cache.path(f"{task.name}/{part}.pt").exists() for part in PARTS)
+
+
+def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache, wait: bool = True) -> Prepared | None:
+    """None without waiting where another process is at it."""
+    with cache.claim(f"{task.name}/prepare", wait) as mine:
+        if not mine:
+            return None
         document = cache.load(f"{task.name}/pairs.json")
         if document is None:
-            document = choose_pairs(task, model, settings)
+            document = choose_pairs(task, model.tokenizer, settings)
             cache.save(f"{task.name}/pairs.json", document)
         elif document["made from"] != made_from(task):
             was = document["made from"]
             raise UserError(f"{cache.folder / task.name} was made from {was}; here are {made_from(task)}: delete it")
-        pairs = {part: [Pair(tuple(turns), *rest) for turns, *rest in document[part]["pairs"]] for part in PARTS}
+        pairs = {part: pairs_of(document[part]) for part in PARTS}
         states = {}
         for part in PARTS:
             encoded = [Encoded(*ids) for ids in document[part]["ids"]]
@@ -87,15 +94,19 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache) 
     return Prepared(task, pairs, states, counts, model)
 
 
+def pairs_of(part: dict[str, Any]) -> list[Pair]:
+    return [Pair(tuple(turns), *rest) for turns, *rest in part["pairs"]]
+
+
 def made_from(task: Task) -> dict[str, Any]:
     """What the pairs and their ids depend on, beside the settings."""
     limits = {"prompt tokens": task.prompt_tokens, "new tokens": task.new_tokens}
     return {"versions": versions_of(task.name), "instruction": task.instruction, **limits}
 
 
-def choose_pairs(task: Task, model: LanguageModel, settings: Settings) -> dict[str, Any]:
+def choose_pairs(task: Task, tokenizer: Any, settings: Settings) -> dict[str, Any]:
     """The pairs that fit, split by group."""
-    fitting = encode_those_that_fit(task.load(), task, model.tokenizer)
+    fitting = encode_those_that_fit(task.load(), task, tokenizer)
     ids_of = {id(pair): ids for pair, ids in fitting}
     parts = split(
         [pair for pair, _ in fitting],

@@ -43,6 +43,12 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def as_json(facts: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: tuples are lists there."""
+    found: dict[str, Any] = json.loads(json.dumps(facts))
+    return found
+
+
 def compact(scores: dict[str, np.ndarray]) -> dict[str, list[int]]:
     """Per-text scores as whole numbers."""
     return {

@@ -25,7 +25,7 @@ from benchmarks.quality.scoring import BUCKETS
 from benchmarks.quality.tasks import TASKS
 
 RESAMPLES = 300
-PAIRS_STEP = 500  # the number of word pairs that diversity is measured on is a multiple of this
+PAIRS_STEP = 100  # the number of word pairs that diversity is measured on is a multiple of this
 PAIRS_SHARE = 0.75  # of those that the shortest set of texts has
 
 
@@ -217,7 +217,8 @@ def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEviden
         if evidence.has_texts(reading, mode)
         for seed in set(evidence.seeds_of(reading.arm))
     )
-    evidence.pairs = max(PAIRS_STEP, int(PAIRS_SHARE * fewest) // PAIRS_STEP * PAIRS_STEP)
+    share = int(PAIRS_SHARE * fewest)
+    evidence.pairs = share // PAIRS_STEP * PAIRS_STEP or share
     return evidence
 
 

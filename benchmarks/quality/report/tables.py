@@ -35,6 +35,7 @@ TITLES = {
 }
 PER_CENT = ("rouge_l", "cut_rouge_l", "rare_precision", "rare_recall", "rare_f1", "cut_rare_f1", "diversity")
 PER_CENT += ("distinct_1", "distinct_2", "distinct_3", "repetition", "ended", "in_source")
+BEYOND = "better quality than any setting"  # of the baseline: its curve offers nothing to compare with
 WHOLE = ("unique_words",)
 TWO_PLACES = ("zipf_slope", "expectation_adjusted")
 
@@ -122,14 +123,18 @@ def question_table(found: Sequence[Answer], question: str, mode: str) -> str:
     rows = []
     for arm in dict.fromkeys(one.arm for one in chosen):
         cells = {
-            (one.measure, one.against if question == "equal quality" else ""): number(
-                one.measure, one.estimate, signed=True
-            )
+            (one.measure, one.against if question == "equal quality" else ""): cell(one)
             for one in chosen
             if one.arm == arm
         }
         rows.append([ARMS[arm].title, *(cells.get(column, "") for column in columns)])
     return markdown(head, rows)
+
+
+def cell(answer: Answer) -> str:
+    if answer.question == "equal quality" and math.isnan(answer.estimate.value):
+        return BEYOND
+    return number(answer.measure, answer.estimate, signed=True)
 
 
 def column_title(measure: str, against: str) -> str:

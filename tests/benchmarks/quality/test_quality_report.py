@@ -1,0 +1,213 @@
+"""The report's numbers are those of its records, its pages hold what is generated, and nothing else gets in."""
+
+import json
+
+import numpy as np
+import pytest
+
+for package in ("matplotlib", "rouge_score", "sacrebleu", "transformers"):
+    pytest.importorskip(package)
+
+from helpers.quality_records import SETTINGS, write_records  # noqa: E402
+
+from benchmarks.quality import records  # noqa: E402
+from benchmarks.quality.arms import ARMS  # noqa: E402
+from benchmarks.quality.errors import UserError  # noqa: E402
+from benchmarks.quality.intervals import Estimate  # noqa: E402
+from benchmarks.quality.metrics.words import ngrams, words  # noqa: E402
+from benchmarks.quality.report import page, tables  # noqa: E402
+from benchmarks.quality.report.comparisons import CROSS_ENTROPY, answers  # noqa: E402
+from benchmarks.quality.report.evidence import Reading, load_task, rarefied  # noqa: E402
+
+PDL = Reading("pdl-0.4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("records")
+    write_records(made, tasks=("dialogue", "summarisation"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def evidence(folder):
+    return load_task(folder, "dialogue", resamples=40)
+
+
+def runs_of(folder, arm, task="dialogue"):
+    return [records.read(records.record_path(folder, task, arm, seed)) for seed in range(3)]
+
+
+class TestSeries:
+    def test_nll_is_the_mean_of_the_seeds(self, folder, evidence):
+        for bucket, column in ((None, slice(None)), ("rare", slice(2, 3))):
+            means = []
+            for run in runs_of(folder, "pdl-0.4"):
+                nll, tokens = np.array(run["nll"]["natural"])[:, column], np.array(run["tokens"])[:, column]
+                means.append(nll.sum() / tokens.sum() / 1000)
+            assert evidence.nll(PDL, bucket)[0] == pytest.approx(np.mean(means))
+
+    def test_measures_of_texts(self, folder, evidence):
+        rouge, distinct, f1 = [], [], []
+        for run in runs_of(folder, "pdl-0.4"):
+            kept = run["texts"]["natural sampled"]
+            rouge.append(np.mean(kept["scores"]["rouge_l"]) / 1000)
+            pairs = [pair for text in kept["texts"] for pair in ngrams(words(text), 2)]
+            distinct.append(len(set(pairs)) / len(pairs))
+            wanted = np.sum(evidence.document["references"]["scores"]["rare_wanted"])
+            f1.append(2 * np.sum(kept["scores"]["rare_hits"]) / (np.sum(kept["scores"]["rare_predicted"]) + wanted))
+        assert evidence.series(PDL, "sampled", "rouge_l")[0] == pytest.approx(np.mean(rouge))
+        assert evidence.series(PDL, "sampled", "distinct_2")[0] == pytest.approx(np.mean(distinct))
+        assert evidence.series(PDL, "sampled", "rare_f1")[0] == pytest.approx(np.mean(f1))
+
+    def test_one_seed_of_the_untouched_model_stands_for_all(self, folder, evidence):
+        kept = records.read(records.record_path(folder, "dialogue", "untouched", 0))["texts"]["natural greedy"]
+        expected = np.mean(kept["scores"]["rouge_l"]) / 1000
+        assert evidence.series(Reading("untouched"), "greedy", "rouge_l")[0] == pytest.approx(expected)
+
+    def test_diversity_is_measured_on_equally_many_pairs(self, evidence):
+        assert evidence.pairs % 100 == 0
+        fewest = min(
+            evidence.text_set(reading, mode, seed).word_pairs()
+            for reading in (PDL, CROSS_ENTROPY)
+            for mode in ("greedy", "sampled")
+            for seed in evidence.seeds
+        )
+        assert fewest / 2 < evidence.pairs <= fewest
+
+    def test_rarefied_references(self):
+        # Of the pairs a a b, two are drawn: {a, a} has one type, {a, b} (twice as likely) two.
+        assert rarefied(np.array([2, 1]), 2) == pytest.approx((1 + 2 + 2) / 3)
+        assert rarefied(np.array([2, 1]), 3) == pytest.approx(2)
+
+    def test_seeds_that_an_arm_lacks_are_left_out(self, tmp_path):
+        write_records(tmp_path, tasks=("style",), arms=("untouched", "cross-entropy", "pdl-1"))
+        records.record_path(tmp_path, "style", "pdl-1", 1).unlink()
+        assert load_task(tmp_path, "style", resamples=5).seeds == [0, 2]
+
+    def test_records_of_other_settings_are_refused(self, tmp_path):
+        write_records(tmp_path, tasks=("style",), arms=("cross-entropy", "pdl-1"))
+        path = records.record_path(tmp_path, "style", "pdl-1", 2)
+        run = records.read(path)
+        run["settings"]["batch_size"] = SETTINGS.batch_size + 1
+        records.write(path, run)
+        with pytest.raises(UserError, match=r"pdl-1-seed2\.json\.xz was made with other settings"):
+            load_task(tmp_path, "style", resamples=5)
+
+
+class TestQuestions:
+    def test_differences_are_paired(self, evidence):
+        found = {(one.question, one.mode, one.arm, one.measure, one.against): one.estimate for one in answers(evidence)}
+        change = evidence.series(PDL, "sampled", "rouge_l") - evidence.series(CROSS_ENTROPY, "sampled", "rouge_l")
+        asked = found["natural", "sampled", "pdl-0.4", "rouge_l", "cross entropy"]
+        assert asked.value == pytest.approx(change[0])
+        assert asked.high - asked.value == pytest.approx(1.96 * np.std(change[1:], ddof=1))
+
+    def test_the_adjusted_baseline_has_the_same_exponent(self, evidence):
+        against = {(one.arm, one.against) for one in answers(evidence) if one.question == "adjusted"}
+        assert ("pdl-0.25", "cross entropy, logits adjusted by 0.25") in against
+        assert ("pdl-paper", "cross entropy, logits adjusted by 1") in against
+        assert len(against) == 5
+
+    def test_undone_is_compared_with_cross_entropy(self, evidence):
+        change = evidence.nll(Reading("pdl-1", "undone"), "rare") - evidence.nll(CROSS_ENTROPY, "rare")
+        found = [one for one in answers(evidence) if (one.question, one.arm) == ("undone", "pdl-1")]
+        assert [one.measure for one in found] == ["nll all", "nll frequent", "nll medium", "nll rare"]
+        assert found[-1].estimate.value == pytest.approx(change[0])
+
+    def test_greedy_texts_have_no_temperature(self, evidence):
+        curves = {(one.mode, one.against) for one in answers(evidence) if one.question == "equal quality"}
+        assert curves == {
+            ("greedy", "adjusted logits"), ("sampled", "adjusted logits"), ("sampled", "temperature"),
+        }  # fmt: skip
+
+
+class TestTables:
+    def test_numbers(self):
+        assert tables.number("rouge_l", Estimate(0.1234, 0.1134, 0.1334)) == "12.3 ±1.0"
+        assert tables.number("nll", Estimate(-0.5, -0.6, -0.4), signed=True) == "**\N{MINUS SIGN}0.50 ±0.10**"
+        assert tables.number("nll rare", Estimate(0.5, -0.1, 1.1), signed=True) == "+0.50 ±0.60"
+        assert tables.number("words", Estimate(float("nan"), 0, 0)) == "n/a"
+
+    def test_a_table_has_every_reading_and_fits_its_head(self, evidence):
+        rows = tables.main_table(evidence).splitlines()
+        assert len({row.count("|") for row in rows}) == 1
+        titles = [row.split("|")[1].strip() for row in rows]
+        assert "cross entropy, logits adjusted by 0.75" in titles
+        assert "PDL alpha 1, shift half undone" in titles
+        assert len(rows) == 3 + 6 + len(ARMS) + 2 * 5  # head, references; baselines; arms; shifts of five arms
+
+    def test_content_words_in_the_source_only_where_that_means_something(self, folder, evidence):
+        assert "content words in the source" not in tables.main_table(evidence)
+        assert "content words in the source" in tables.main_table(load_task(folder, "summarisation", resamples=5))
+
+
+class TestPage:
+    def test_it_is_filled_between_its_marks(self, folder):
+        evidences = [load_task(folder, "dialogue", resamples=5)]
+        made = page.blocks(evidences, list(answers(evidences[0])))
+        text = "before\n<!-- generated: dialogue main -->\nold\n<!-- end -->\nafter\n"
+        text += "<!-- generated: style main -->\n<!-- end -->\n"
+        filled = page.fill(text, made)
+        assert filled.startswith("before\n")
+        assert "\nafter\n" in filled
+        assert "old" not in filled
+        assert "| PDL alpha 0.4 |" in filled
+        assert "*Not measured yet.*" in filled
+        assert page.fill(filled, made) == filled
+
+    def test_texts_cannot_break_the_page(self):
+        assert page.quoted("a *b*\n| <c> `d`") == r"a \*b\* \| \<c\> \`d\`"
+        assert page.quoted(" \n") == "(nothing)"
+
+    def test_the_same_records_give_the_same_files(self, folder, tmp_path, monkeypatch):
+        source = "<!-- generated: dialogue equal quality sampled -->\n<!-- end -->\n"
+        written = []
+        for name in ("first", "second"):
+            for place in ("PAGE", "TABLES"):
+                path = tmp_path / f"{name}-{place}.md"
+                path.write_text(source)
+                monkeypatch.setattr(page, place, path)
+            page.write_report(folder)
+            files = [tmp_path / f"{name}-PAGE.md", folder / "summary.json", folder / "frontier.png", folder / "nll.png"]
+            written.append([path.read_bytes() for path in files])
+        assert written[0] == written[1]
+        summary = json.loads(written[0][1])
+        assert set(summary["tasks"]) == {"dialogue", "summarisation"}
+
+    def test_no_records(self, tmp_path):
+        with pytest.raises(UserError, match="has no records"):
+            page.load(tmp_path)
+
+
+FOLDER = page.ROOT / "benchmarks" / "results" / "quality" / "cpu"
+
+
+@pytest.fixture(scope="module")
+def found():
+    evidences = page.load(FOLDER)
+    return evidences, [answer for evidence in evidences for answer in answers(evidence)]
+
+
+class TestRecorded:
+    """What is committed: the pages and the summary are those that the records give."""
+
+    def test_every_number_of_the_summary(self, found):
+        recorded = json.loads((FOLDER / "summary.json").read_text())
+        assert same_numbers(page.summarise(*found), recorded)
+
+    @pytest.mark.parametrize("path", [page.PAGE, page.TABLES], ids=lambda path: path.name)
+    def test_every_table(self, found, path):
+        text = path.read_text()
+        assert page.fill(text, page.blocks(*found)) == text
+
+
+def same_numbers(made, recorded):
+    """Equal up to the last of six digits, which libraries round differently."""
+    if isinstance(made, dict):
+        return made.keys() == recorded.keys() and all(same_numbers(made[key], recorded[key]) for key in made)
+    if isinstance(made, list):
+        return len(made) == len(recorded) and all(map(same_numbers, made, recorded))
+    if isinstance(made, float):
+        return recorded == pytest.approx(made, rel=1e-4, abs=1e-9)
+    return made == recorded
