@@ -52,9 +52,9 @@ def quick(settings: Settings) -> Settings:
     """Small enough for a few minutes on two cores; what it finds means nothing."""
     return replace(
         settings,
-        training_pairs=256,
-        validation_pairs=32,
-        held_out_pairs=48,
+        training_pairs=192,
+        validation_pairs=24,
+        held_out_pairs=24,
         learning_rates=settings.learning_rates[1:2],
         search_steps=4,
         seeds=1,
