@@ -40,6 +40,7 @@ def write_report(folder: Path) -> None:
     summary = json.dumps(summarise(evidences, found), indent=1) + "\n"
     replace_file(folder / "summary.json", summary.encode())
     plot_frontier(evidences, folder / "frontier.png")
+    plot_frontier(evidences, folder / "frontier_sampled.png", modes=("sampled",))
     plot_nll(evidences, folder / "nll.png")
     for page in (PAGE, TABLES):
         replace_file(page, fill(page.read_text(), blocks(evidences, found)).encode())

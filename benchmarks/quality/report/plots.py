@@ -19,10 +19,10 @@ COLOURS = {"cross entropy": "black", "adjusted logits": "tab:blue", "temperature
 MARKERS = dict(zip((reading.arm for reading in OTHERS), "DsPX", strict=True))
 
 
-def plot_frontier(evidences: Sequence[TaskEvidence], path: Path) -> None:
+def plot_frontier(evidences: Sequence[TaskEvidence], path: Path, modes: Sequence[str] = MODES) -> None:
     """Diversity against quality: to the upper right of a baseline's curve is what the baseline cannot give."""
-    figure, axes = _axes(len(MODES), len(evidences))
-    for row, mode in enumerate(MODES):
+    figure, axes = _axes(len(modes), len(evidences))
+    for row, mode in enumerate(modes):
         for column, evidence in enumerate(evidences):
             axis = axes[row][column]
             for name, points in CURVES.items():
@@ -33,11 +33,11 @@ def plot_frontier(evidences: Sequence[TaskEvidence], path: Path) -> None:
                 _point(axis, evidence, mode, reading, MARKERS[reading.arm], "tab:gray", reading.title)
             axis.set_title(f"{TASKS[evidence.name].title}, {mode}", fontsize=10)
             axis.set_xlabel("ROUGE-L against the reference", fontsize=8)
-            axis.set_ylabel(f"share of distinct ones among {evidence.pairs:,} word pairs", fontsize=8)
+            axis.set_ylabel(f"distinct ones of {evidence.pairs:,} word pairs", fontsize=8)
             axis.tick_params(labelsize=8)
     handles, labels = axes[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.16 / len(modes), 1, 1))
     _save(figure, path)
 
 
