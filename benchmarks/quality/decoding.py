@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -18,7 +19,6 @@ from benchmarks.quality.encoding import Encoded, batches_of_similar_length
 from benchmarks.quality.language_model import LanguageModel
 
 NUCLEUS = 0.9  # the share of the probability that sampling draws from (top-p)
-LIKELIEST = 512  # looked at first, since sorting the whole vocabulary takes longer than the model
 PROMPT_TOKENS_AT_A_TIME = 32_768
 SHRINK_AT = 0.75  # finished texts leave the batch when no more than this share is left
 
@@ -195,24 +195,18 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:  # (N, V) float32, (N,) ->
     The tokens stand in the order of their probability, and the uniform number is looked up in their running sum, so
     two models that agree draw the same token from the same number.
     """
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    values, tokens = logits.topk(min(LIKELIEST, logits.shape[-1]), dim=-1)  # in descending order
-    probabilities = (values - normaliser).exp()
-    short = probabilities.sum(-1) < NUCLEUS
-    if short.any():
-        chosen = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        values, all_tokens = logits[short].sort(dim=-1, descending=True)
-        chosen[short] = pick((values - normaliser[short]).exp(), all_tokens, uniforms[short])
-        if not short.all():
-            chosen[~short] = pick(probabilities[~short], tokens[~short], uniforms[~short])
-        return chosen
-    return pick(probabilities, tokens, uniforms)
-
-
-def pick(probabilities: Tensor, tokens: Tensor, uniforms: Tensor) -> Tensor:  # (N, K) descending, (N, K), (N,)
+    values = in_falling_order(logits)
+    probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
     sums = probabilities.cumsum(-1)
-    kept = (sums - probabilities) < NUCLEUS  # the token that crosses the share belongs to the nucleus
-    mass = (probabilities * kept).sum(-1)
-    place = torch.searchsorted(sums, (uniforms * mass)[:, None], right=True)[:, 0]
-    place = torch.minimum(place, kept.sum(-1) - 1)  # rounding of the running sum
-    return tokens.gather(1, place[:, None])[:, 0]
+    kept = ((sums - probabilities) < NUCLEUS).sum(-1, keepdim=True)  # the token that crosses the share is one of them
+    mass = sums.gather(1, kept - 1)
+    place = torch.searchsorted(sums, uniforms[:, None] * mass, right=True)
+    place = torch.minimum(place, kept - 1)  # rounding of the running sum
+    return (logits == values.gather(1, place)).int().argmax(-1)  # the first of equals
+
+
+def in_falling_order(logits: Tensor) -> Tensor:  # (N, V) -> (N, V)
+    """On a CPU numpy sorts in a tenth of torch's time."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(-np.sort(-logits.numpy(), axis=-1))
+    return logits.sort(dim=-1, descending=True).values
