@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from benchmarks.quality.encoding import Encoded, batches_of_similar_length
 from benchmarks.quality.language_model import LanguageModel
 
+LIKELIEST = 512  # looked at first, since most nuclei are smaller and sorting everything takes three times as long
 NUCLEUS = 0.9  # the share of the probability that sampling draws from (top-p)
 PROMPT_TOKENS_AT_A_TIME = 32_768
 SHRINK_AT = 0.75  # finished texts leave the batch when no more than this share is left
@@ -195,14 +196,23 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:  # (N, V) float32, (N,) ->
     The tokens stand in the order of their probability, and the uniform number is looked up in their running sum, so
     two models that agree draw the same token from the same number.
     """
-    values = in_falling_order(logits)
-    probabilities = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    values = logits.topk(min(LIKELIEST, logits.shape[-1]), dim=-1).values  # in falling order
+    chosen = pick(values, normaliser, uniforms)
+    short = (values - normaliser).exp().sum(-1) < NUCLEUS
+    if short.any():
+        chosen[short] = pick(in_falling_order(logits[short]), normaliser[short], uniforms[short])
+    return (logits == chosen).int().argmax(-1)  # the first of equals
+
+
+def pick(values: Tensor, normaliser: Tensor, uniforms: Tensor) -> Tensor:  # (N, K) falling, (N, 1), (N,) -> (N, 1)
+    """The logit of the token that is drawn."""
+    probabilities = (values - normaliser).exp()
     sums = probabilities.cumsum(-1)
     kept = ((sums - probabilities) < NUCLEUS).sum(-1, keepdim=True)  # the token that crosses the share is one of them
     mass = sums.gather(1, kept - 1)
     place = torch.searchsorted(sums, uniforms[:, None] * mass, right=True)
-    place = torch.minimum(place, kept - 1)  # rounding of the running sum
-    return (logits == values.gather(1, place)).int().argmax(-1)  # the first of equals
+    return values.gather(1, torch.minimum(place, kept - 1))  # rounding of the running sum may lead beyond
 
 
 def in_falling_order(logits: Tensor) -> Tensor:  # (N, V) -> (N, V)
