@@ -86,16 +86,15 @@ class Experiment:
     def prepared(self, task: str) -> Prepared:
         if self._prepared is None or self._prepared.task.name != task:
             self._prepared = None  # its memory is needed
-            start = time.perf_counter()
             self._prepared = prepare(TASKS[task], self.model, self.settings, self.cache)
             path = records.task_path(self.folder, task)
             if path.exists():
                 require_same(path, self.settings, self._prepared)
             else:
-                records.write(path, self.describe(self._prepared, time.perf_counter() - start))
+                records.write(path, self.describe(self._prepared))
         return self._prepared
 
-    def describe(self, prepared: Prepared, seconds: float) -> dict[str, Any]:
+    def describe(self, prepared: Prepared) -> dict[str, Any]:
         """What a reader of the records needs to know of a task; the texts themselves stay with their packages."""
         document = self.cache.load(f"{prepared.task.name}/pairs.json")
         counts = prepared.counts.counts
@@ -116,23 +115,13 @@ class Experiment:
             "mean_reference_tokens": mean(len(one.targets) for one in prepared.states["held_out"].encoded),
             "held_out_digest": prepared.digest(),
             "common_words": sorted(prepared.common_words),
-            "reference_scores": records.compact(
-                {
-                    name: values
-                    for name, values in score_texts(
-                        references,
-                        references,
-                        [pair.source for pair in prepared.pairs["held_out"]],
-                        prepared.common_words,
-                    ).items()
-                    if name in ("words", "rare_wanted", "content", "content_found")
-                }
-            ),
-            "samples": [
-                {"prompt": list(pair.turns), "reference": pair.reference}
-                for pair in prepared.pairs["held_out"][:SAMPLES]
-            ],
-            "seconds": round(seconds, 1),
+            "references": {
+                "scores": scores_against_references(references, held_out, prepared.common_words),
+                "words": [len(words(reference)) for reference in references],
+                "word_pairs": occurrences(references),
+            },
+            "samples": [{"prompt": list(pair.turns), "reference": pair.reference} for pair in held_out[:SAMPLES]],
+            "seconds": self.cache.load(f"{prepared.task.name}/seconds.json"),
         }
 
     def environment(self) -> dict[str, Any]:

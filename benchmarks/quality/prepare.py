@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,6 +69,8 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache, 
     with cache.claim(f"{task.name}/prepare", wait) as mine:
         if not mine:
             return None
+        start = time.perf_counter()
+        made_before = is_prepared(task, cache)
         document = cache.load(f"{task.name}/pairs.json")
         if document is None:
             document = choose_pairs(task, model.tokenizer, settings)
@@ -86,6 +89,8 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache, 
                 states[part] = made
             else:
                 states[part] = States(kept["values"], kept["offsets"].tolist(), encoded)
+        if not made_before:
+            cache.save(f"{task.name}/seconds.json", round(time.perf_counter() - start, 1))
     counts = TokenCounts(model.vocab_size)
     try:
         counts.update([one.targets for one in states["training"].encoded], shift=False)
