@@ -1,8 +1,8 @@
-"""The questions, fixed before the results were there, and their answers with intervals.
+"""The questions, and their answers with intervals.
 
 natural       PDL against cross entropy, both as they are
 adjusted      PDL against cross entropy whose logits are adjusted by the same exponent, which needs no training
-equal quality the diversity of PDL, less the highest that a baseline's curve has at PDL's quality or better
+equal quality diversity, or F1 of rare words, of PDL, less the most that a baseline's curve has at PDL's ROUGE-L or better
 undone        the NLL of PDL with its shift undone, less that of cross entropy
 """
 
@@ -26,7 +26,8 @@ HEATED = sorted(
     key=lambda pair: pair[0],
 )
 CURVES = {"adjusted logits": ADJUSTED, "temperature": [reading for _, reading in HEATED]}
-QUALITIES = ("rouge_l", "cut_chrf")  # what "equal quality" is judged by
+QUALITY = "rouge_l"  # what "equal quality" is judged by
+GAINS = ("diversity", "rare_f1")  # what is compared there
 PAIRED = ("diversity", "rouge_l", "cut_chrf", "rare_precision", "rare_recall", "rare_f1", "words")
 
 
@@ -54,8 +55,8 @@ def answers(evidence: TaskEvidence) -> Iterator[Answer]:
             baseline = Reading("cross-entropy", arm.replace("pdl-", "adjusted-").replace("paper", "1"))
             yield from paired(evidence, "adjusted", mode, reading, baseline)
             for curve in CURVES:
-                for quality in QUALITIES:
-                    yield from at_equal_quality(evidence, mode, reading, curve, quality)
+                for gain in GAINS:
+                    yield from at_equal_quality(evidence, mode, reading, curve, gain)
         undone = Reading(arm, "undone")
         for bucket in (None, *BUCKETS):
             change = difference(evidence.nll(undone, bucket), evidence.nll(CROSS_ENTROPY, bucket))
@@ -72,14 +73,14 @@ def paired(evidence: TaskEvidence, question: str, mode: str, a: Reading, b: Read
         yield Answer(question, evidence.name, mode, a.arm, b.title, measure, change)
 
 
-def at_equal_quality(evidence: TaskEvidence, mode: str, reading: Reading, curve: str, quality: str) -> Iterator[Answer]:
+def at_equal_quality(evidence: TaskEvidence, mode: str, reading: Reading, curve: str, gain: str) -> Iterator[Answer]:
     points = [point for point in CURVES[curve] if evidence.has_texts(point, mode)]
     if len(points) < 2:
         return  # greedy texts do not depend on the temperature
     offered = best_diversity_at(
-        np.stack([evidence.series(point, mode, quality) for point in points]),
-        np.stack([evidence.series(point, mode, "diversity") for point in points]),
-        evidence.series(reading, mode, quality),
+        np.stack([evidence.series(point, mode, QUALITY) for point in points]),
+        np.stack([evidence.series(point, mode, gain) for point in points]),
+        evidence.series(reading, mode, QUALITY),
     )
-    change = difference(evidence.series(reading, mode, "diversity"), offered)
-    yield Answer("equal quality", evidence.name, mode, reading.arm, curve, f"diversity at {quality}", change)
+    change = difference(evidence.series(reading, mode, gain), offered)
+    yield Answer("equal quality", evidence.name, mode, reading.arm, curve, gain, change)

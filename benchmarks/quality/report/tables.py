@@ -42,7 +42,7 @@ TWO_PLACES = ("zipf_slope", "expectation_adjusted")
 
 def number(measure: str, one: Estimate, signed: bool = False) -> str:
     """The value and half of its interval, in the measure's unit."""
-    factor, places = (100, 1) if measure in PER_CENT or measure.startswith("diversity") else (1, 1)
+    factor, places = (100, 1) if measure in PER_CENT else (1, 1)
     if measure in WHOLE:
         places = 0
     if measure in TWO_PLACES or measure.startswith("nll"):
@@ -64,7 +64,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main_table(evidence: TaskEvidence) -> str:
     """One row for each way to train or to read: NLL, then what the sampled and the greedy texts are like."""
-    sampled = ("rouge_l", "cut_chrf", "rare_precision", "rare_recall", "rare_f1", "diversity", "self_bleu", "words")
+    sampled = ("rouge_l", "rare_f1", "diversity", "words")
     greedy = ("rouge_l", "rare_f1", "diversity", "repetition", "words")
     if not evidence.faithful:
         extra: tuple[str, ...] = ()
@@ -138,8 +138,8 @@ def cell(answer: Answer) -> str:
 
 
 def column_title(measure: str, against: str) -> str:
-    if measure.startswith("diversity at "):
-        return f"distinct pairs at equal {TITLES[measure.removeprefix('diversity at ')]}, against {against}"
+    if against:
+        return f"{TITLES[measure]}, against {against}"
     if measure.startswith("nll "):
         return f"NLL, {measure.removeprefix('nll ')}"
     return TITLES[measure]
