@@ -11,9 +11,10 @@ transformers = pytest.importorskip(
     "transformers", minversion="5.24", reason="benchmarks.quality needs transformers >= 5.24, whose models take `cache`"
 )
 
-from benchmarks.quality import prepare  # noqa: E402
+from benchmarks.quality import prepare, records  # noqa: E402
 from benchmarks.quality.encoding import Encoded  # noqa: E402
 from benchmarks.quality.language_model import LanguageModel  # noqa: E402
+from benchmarks.quality.matrix import Run  # noqa: E402
 from benchmarks.quality.settings import Settings  # noqa: E402
 from benchmarks.quality.tasks import TASKS  # noqa: E402
 from benchmarks.quality.tasks.pairs import Pair, Task  # noqa: E402
@@ -81,42 +82,53 @@ def target_logits(whole, one):
     return whole(torch.tensor([one.inputs])).logits[0, len(one.prompt) - 1 :]
 
 
-# A model in a folder, and a task
+# A model that reads texts, and a task
 
 
-def save_model(folder, chat_template=CHATML, layers=6):
-    """A Llama with random weights and its tokenizer; returns the folder's name. Four of its layers are trained."""
-    tokenizer = make_chat_tokenizer(chat_template=chat_template)
-    model = make_causal_lm(
+def make_chat_causal_lm(tokenizer, layers=6):
+    return make_causal_lm(
         vocab_size=len(tokenizer) + 8,  # output layers are often longer than the tokenizer
         num_hidden_layers=layers,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
+
+
+def make_chat_model(trained_layers=2):
+    tokenizer = make_chat_tokenizer()
+    return LanguageModel("tiny", tokenizer, make_chat_causal_lm(tokenizer), trained_layers, CPU, torch.float32)
+
+
+def save_model(folder, chat_template=CHATML, layers=6):
+    """A model and its tokenizer in a folder, whose name is returned. By default four of the layers are trained."""
+    tokenizer = make_chat_tokenizer(chat_template=chat_template)
+    make_chat_causal_lm(tokenizer, layers).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 NOUNS = ("weather", "wind", "north", "assistant", "model", "prompt", "city", "name", "token", "train")
-ENDS = ("is fine", "is weaker than yesterday", "is helpful", "will be trained today", "was like the other")
+ENDS = ("fine", "weaker", "helpful", "trained", "like the other")
 
 
 def made_up_pairs(number, seed=0):
-    """Pairs of which every third shares its group with the two before it; no two are the same."""
+    """Pairs in groups of three; no two are the same."""
     words = random.Random(seed)
     return [
         Pair(
             (f"What is the {words.choice(NOUNS)} {i}?",),
-            f"The {words.choice(NOUNS)} of the {words.choice(NOUNS)} {i} {words.choice(ENDS)}.",
+            f"The {words.choice(NOUNS)} {i} is {words.choice(ENDS)}.",
             f"group {i // 3}",
         )
         for i in range(number)
     ]
 
 
-def make_task(name="dialogue", pairs=60, **changes):
-    task = Task(name, name, "Answer.", "made up", lambda: made_up_pairs(pairs), prompt_tokens=120, new_tokens=40)
+def make_task(name="dialogue", pairs=60, seed=0, **changes):
+    def load():
+        return made_up_pairs(pairs, seed)
+
+    task = Task(name, name, "Answer.", "made up", load, prompt_tokens=100, new_tokens=20)
     return replace(task, **changes)
 
 
@@ -138,3 +150,24 @@ TINY = Settings(
     seeds=2,
     compute_dtype="float32",
 )
+CROSS_ENTROPY, PDL, UNTOUCHED = (Run("dialogue", arm, 0) for arm in ("cross-entropy", "pdl-1", "untouched"))
+
+
+def record_of(experiment, run):
+    return records.read(records.record_path(experiment.folder, run.task, run.arm, run.seed))
+
+
+def same(document):
+    """A record without what differs from one start to the next."""
+    return {name: value for name, value in document.items() if name not in ("seconds", "environment")}
+
+
+def one_line(caught):
+    """The message of an error, which has no more than a line."""
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -2,7 +2,7 @@
 
 natural       PDL against cross entropy, both as they are
 adjusted      PDL against cross entropy whose logits are adjusted by the same exponent, which needs no training
-equal quality diversity, or F1 of rare words, of PDL, less the most that a baseline's curve has at PDL's ROUGE-L or better
+equal quality diversity, or F1 of rare words, of PDL, less the most that a baseline's curve has at no lower ROUGE-L
 undone        the NLL of PDL with its shift undone, less that of cross entropy
 """
 

@@ -12,19 +12,22 @@ from benchmarks.quality import decoding
 from benchmarks.quality.decoding import Answer, RoomyLayer, Transform, decode, draw, prepare_prompts, roomy
 
 NEW_TOKENS = 14
+AS_IT_IS = Transform()
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    """Two batches of the prompts here, each of prompts that differ in length."""
-    monkeypatch.setattr(
-        decoding, "batches_of_similar_length", lambda lengths, _: [[*range(1, len(lengths), 2)], [*range(0, len(lengths), 2)]]
-    )
+def _two_batches(monkeypatch):
+    """Prompts that differ in length are decoded together, in two batches that mix up their order."""
+
+    def odd_and_even(lengths, tokens):
+        return [list(range(start, len(lengths), 2)) for start in (1, 0)]
+
+    monkeypatch.setattr(decoding, "batches_of_similar_length", odd_and_even)
 
 
 @pytest.fixture
 def shrunk(monkeypatch):
-    """How many texts were left each time that finished ones left the batch, first layer of the lower cache alone."""
+    """How many texts were left each time that finished ones left their batch."""
     sizes = []
     select = RoomyLayer.select
 
@@ -36,7 +39,7 @@ def shrunk(monkeypatch):
     return sizes
 
 
-def answers(model, encoded, transform=Transform(), new_tokens=NEW_TOKENS, uniforms=None):  # noqa: B008
+def answers(model, encoded, transform=AS_IT_IS, new_tokens=NEW_TOKENS, uniforms=None):
     return decode(
         model, model.upper_for_decoding(), prepare_prompts(model, encoded), transform, new_tokens, uniforms, "tests"
     )
@@ -70,10 +73,17 @@ def slow_answer(whole, prompt, choose, new_tokens=NEW_TOKENS):
     return Answer(written, ended=False)
 
 
+WINDOWS = {  # some layers see the last six tokens alone
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+}
+
+
 @pytest.mark.parametrize("trained_layers", [2, None])
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
-def test_greedy_texts_are_those_of_generate(kind, trained_layers, shrunk):
-    model, whole = make_model(trained_layers, kind)
+@pytest.mark.parametrize(("kind", "changes"), [("Llama", {}), ("Qwen3", {}), ("Qwen3", WINDOWS)])
+def test_greedy_texts_are_those_of_generate(kind, changes, trained_layers, shrunk):
+    model, whole = make_model(trained_layers, kind, **changes)
     encoded = make_encoded(14)
     found = answers(model, encoded)
     for one, answer in zip(encoded, found, strict=True):
@@ -90,7 +100,7 @@ def test_greedy_texts_are_those_of_generate(kind, trained_layers, shrunk):
 def test_sampled_texts_are_those_of_a_slow_loop(trained_layers, shrunk):
     model, whole = make_model(trained_layers)
     encoded = make_encoded(14)
-    bias = torch.linspace(-1, 1, V)
+    bias = torch.linspace(-1, 1, V).index_fill(0, torch.tensor(EOS), 3.0)
     uniforms = torch.rand(len(encoded), NEW_TOKENS)
     found = answers(model, encoded, Transform(bias, temperature=1.5), uniforms=uniforms)
 
@@ -172,9 +182,9 @@ def test_prompts_serve_many_decodings():
     encoded = make_encoded(6)
     prompts = prepare_prompts(model, encoded)
     decode_again = partial(decode, model, model.upper_for_decoding(), prompts)
-    first = decode_again(Transform(), NEW_TOKENS, None, "tests")
-    assert decode_again(Transform(), 3, torch.rand(6, 3), "tests") != first
-    assert decode_again(Transform(), NEW_TOKENS, None, "tests") == first
+    first = decode_again(AS_IT_IS, NEW_TOKENS, None, "tests")
+    assert decode_again(AS_IT_IS, 3, torch.rand(6, 3), "tests") != first
+    assert decode_again(AS_IT_IS, NEW_TOKENS, None, "tests") == first
 
 
 # The cache
@@ -205,6 +215,18 @@ def test_a_roomy_layer_is_a_dynamic_layer_that_copies_nothing():
         assert torch.equal(layer.values, plain.values)
     assert torch.equal(prompt.keys, start[0]), "other decodings begin with it, too"
     assert torch.equal(prompt.values, start[1])
+
+
+def test_prompts_are_padded_on_the_left_and_counted_from_their_first_token():
+    model, _ = make_model(trained_layers=None)
+    encoded = make_encoded(6)
+    for batch in prepare_prompts(model, encoded):
+        assert batch.rows in ([1, 3, 5], [0, 2, 4])
+        for row, inputs, mask, positions in zip(batch.rows, batch.inputs, batch.mask, batch.positions, strict=True):
+            length = len(encoded[row].prompt)
+            assert inputs[-length:].tolist() == encoded[row].prompt
+            assert mask.tolist() == [0] * (len(mask) - length) + [1] * length
+            assert positions[-length:].tolist() == list(range(length))
 
 
 def test_each_part_has_the_layers_of_its_own_cache():
