@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import records
-from benchmarks.quality.arms import ARMS, NATURAL, variants_of
+from benchmarks.quality.arms import ARMS, CROSS_ENTROPY, NATURAL, variants_of
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import Resamples, combine, draw
 from benchmarks.quality.metrics.corpus import Types, f1, mean, mean_of_finite, precision, ratio_of_sums, recall
@@ -194,7 +194,7 @@ def rarefied(counts: np.ndarray, size: int) -> float:
 
 
 def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEvidence | None:
-    """A task's records; None where not even its description is there. Seeds that some arm lacks are left out."""
+    """A task's records; None where there is nothing to compare with yet. Seeds that some arm lacks are left out."""
     path = records.task_path(folder, task)
     if not path.exists():
         return None
@@ -207,7 +207,7 @@ def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEviden
                 runs[arm, seed] = read_run(file, document)
     trained = {arm for arm, _ in runs if ARMS[arm].trained}
     seeds = [seed for seed in range(document["settings"]["seeds"]) if all((arm, seed) in runs for arm in trained)]
-    if not runs or not seeds:
+    if CROSS_ENTROPY.name not in trained or not seeds:
         return None
     evidence = TaskEvidence(document, runs, seeds, draw(document["pairs"]["held_out"], len(seeds), resamples))
     fewest = min(
