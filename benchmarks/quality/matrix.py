@@ -292,7 +292,7 @@ def scores_against_references(
 def give_memory_back() -> None:
     """What malloc keeps of the caches of all layers grows to gigabytes; another process needs it."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # glibc has it
 
 
 def occurrences(texts: Sequence[str]) -> list[int]:
