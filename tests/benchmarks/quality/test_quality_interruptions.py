@@ -14,19 +14,18 @@ from benchmarks.quality.matrix import Experiment, Run, run_all
 # Starting again
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize(
-    ("name", "call", "trainings_left", "decodings_left"),
+    ("name", "call", "error", "trainings_left", "decodings_left"),
     [
-        ("train", 2, 3, 6),  # of two learning rates, the second
-        ("train", 3, 1, 6),  # the training itself
-        ("decode", 1, 0, 6),
-        ("decode", 4, 0, 3),
-        ("score_texts", 5, 0, 5),  # once for the references, twice for each set of texts
+        ("train", 2, KeyboardInterrupt, 3, 6),  # of two learning rates, the second
+        ("train", 3, KeyboardInterrupt, 1, 6),  # the training itself
+        ("decode", 1, KeyboardInterrupt, 0, 6),
+        ("decode", 4, ValueError, 0, 3),
+        ("score_texts", 5, KeyboardInterrupt, 0, 5),  # twice for the references and twice for each set of texts
     ],
 )
 def test_an_interrupted_run_goes_on_where_it_was(
-    finished, make_experiment, count_calls, name, call, trainings_left, decodings_left, error
+    finished, make_experiment, count_calls, name, call, error, trainings_left, decodings_left
 ):
     calls = count_calls(name, failing=call, error=error)
     with pytest.raises(error):

@@ -16,6 +16,7 @@ from benchmarks.quality.matrix import Run, best_rate, plan, run_all
 from benchmarks.quality.metrics.per_text import common_words_of
 from benchmarks.quality.metrics.words import words
 from benchmarks.quality.scoring import find_targets
+from benchmarks.quality.tasks.pairs import Pair
 from benchmarks.quality.training import Validation
 
 # The order of the runs
@@ -99,6 +100,19 @@ def test_recorded_scores_are_those_of_the_recorded_texts(finished):
         scores = matrix.scores_against_references(kept["texts"], prepared.pairs["held_out"], prepared.common_words)
         assert kept["scores"] == scores
     assert any(sum(kept["scores"]["chrf"]) for kept in record["texts"].values())
+
+
+@pytest.mark.usefixtures("_scores")
+def test_a_text_is_also_scored_without_what_it_has_more_than_its_reference():
+    pairs = [Pair(("Where?",), "The kite flew north.", "g"), Pair(("Is it fine?",), "Yes.", "g")]
+    texts = ["The kite flew north. Then an ox came home.", ""]
+    found = matrix.scores_against_references(texts, pairs, frozenset({"the", "then", "an"}))
+    assert found["cut_rouge_l"] == [1000, 0]
+    assert found["rouge_l"] == [615, 0]  # 4 of 9 words and 4 of 4: 8 / 13
+    assert (found["rare_predicted"], found["cut_rare_predicted"]) == ([6, 0], [3, 0])
+    assert (found["rare_hits"], found["cut_rare_hits"]) == ([3, 0], [3, 0])
+    assert found["cut_chrf"][0] > found["chrf"][0]
+    assert (found["content"], found["rare_wanted"]) == ([5, 0], [3, 1])
 
 
 @pytest.mark.parametrize(
