@@ -104,7 +104,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     cache = Cache(options.cache, settings)
     jobs = options.jobs or (1 if options.quick else min(len(runs), processes_for(device)))
     if jobs > 1:
-        run_jobs(arguments, jobs, cache.folder / "logs", folder, runs)
+        run_jobs([*arguments, "--out", str(folder)], jobs, cache.folder / "logs", folder, runs)
         print_list(folder, runs)
         return
     if device.type == "cpu" and not options.quick:

@@ -54,10 +54,9 @@ class Cache:
             if name.endswith(".pt"):
                 return torch.load(path, weights_only=True, mmap=True)
             return json.loads(path.read_text())
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise UserError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and start again"
-            ) from None
+        except Exception as error:  # damaged tensors raise whatever the bytes happen to say
+            what = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} cannot be read ({what}): delete it and start again") from None
 
     def remove(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)

@@ -13,10 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.cache_utils import Cache, DynamicLayer
 
 from benchmarks.quality.encoding import Encoded, batches_of_similar_length
 from benchmarks.quality.language_model import LanguageModel
+
+try:
+    from transformers.cache_utils import Cache, DynamicLayer
+except ImportError:  # `language_model.load`, which comes first, says what to install
+    Cache = DynamicLayer = object  # type: ignore[assignment, misc]
 
 LIKELIEST = 512  # looked at first, since most nuclei are smaller and sorting everything takes three times as long
 NUCLEUS = 0.9  # the share of the probability that sampling draws from (top-p)

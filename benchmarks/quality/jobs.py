@@ -38,7 +38,11 @@ def run_jobs(arguments: Sequence[str], jobs: int, logs: Path, folder: Path, runs
         for process in processes:
             process.send_signal(signal.SIGINT)
         for process in processes:
-            process.wait(SECONDS_TO_END)
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         raise
     for path, process in zip(paths, processes, strict=True):
         if process.returncode != 0:

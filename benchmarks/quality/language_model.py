@@ -56,6 +56,7 @@ class LanguageModel:
         self.compute_dtype = dtype
         self.cut = 0 if trained_layers is None else layers - trained_layers
         causal_lm.eval().requires_grad_(False).to(device)
+        require_plain_logits(name, causal_lm, tokenizer.eos_token_id)
         self.output_weight: Tensor = causal_lm.get_output_embeddings().weight  # (V, H) float32
         self.lower, self.upper = split(base, self.cut)
         if self.lower is not None:
@@ -130,6 +131,18 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+@torch.inference_mode()
+def require_plain_logits(name: str, causal_lm: Any, token: int) -> None:
+    """Refuse a model that scales or caps its logits: here they are the product with the output layer and no more."""
+    ids = torch.tensor([[token]], device=causal_lm.device)
+    states = causal_lm.base_model(input_ids=ids).last_hidden_state
+    output = causal_lm.get_output_embeddings()
+    logits = causal_lm(input_ids=ids).logits
+    product = F.linear(states, output.weight)
+    if getattr(output, "bias", None) is not None or not torch.allclose(product, logits, rtol=1e-3, atol=1e-3):
+        raise UserError(f"--model {name}: its logits are not the plain product of its states and its output layer")
 
 
 def convert(part: nn.Module, dtype: torch.dtype) -> None:

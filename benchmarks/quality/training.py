@@ -87,6 +87,8 @@ def validate(
         nll += float(F.cross_entropy(undone(logits), labels, reduction="sum"))
         count += len(labels)
         seen = seen_types[labels]
+        if not seen.any():
+            continue
         own += float(arm.loss(logits[seen], labels[seen], weights)) * int(seen.sum())
         seen_count += int(seen.sum())
     return Validation(nll / count, own / seen_count)

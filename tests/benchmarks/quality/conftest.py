@@ -1,5 +1,6 @@
 """What the tests of the quality benchmark share; the stand-ins are in tests/helpers/quality.py."""
 
+import contextlib
 import errno
 import os
 
@@ -7,13 +8,21 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+@contextlib.contextmanager
+def one_thread():
     """Tiny models gain nothing from several, and beside other work they wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def _transformers_speaks():
     transformers.logging.enable_progress_bar()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _scores():
     """Skips where texts cannot be scored."""
     for package in ("sacrebleu", "rouge_score"):
@@ -51,7 +60,7 @@ def make_experiment(tmp_path, monkeypatch, _scores):
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory, _scores):
     """{run: the experiment after it} of cross entropy, PDL and the untouched model, which nothing interrupted."""
     from helpers.quality import CROSS_ENTROPY, PDL, TINY, UNTOUCHED, make_chat_model, make_task, use_task
@@ -60,7 +69,7 @@ def finished(tmp_path_factory, _scores):
     from benchmarks.quality.matrix import Experiment, run_all
 
     folder, found = tmp_path_factory.mktemp("finished"), {}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setenv("PDL_KERNELS_COMMIT", "tests")
         use_task(patch, make_task())
         for run in (CROSS_ENTROPY, PDL, UNTOUCHED):

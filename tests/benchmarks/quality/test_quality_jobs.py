@@ -1,7 +1,6 @@
 """Several processes: what is started, what of it is told, and how it ends. A script stands in for the program."""
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -152,9 +151,6 @@ signal.signal(signal.SIGINT, stop)
     assert [pid for pid in interrupted if is_running(pid)] == []
 
 
-@pytest.mark.xfail(
-    strict=True, raises=subprocess.TimeoutExpired, reason="bug: a process that does not end is left running"
-)
 def test_ctrl_c_ends_a_process_that_does_not_listen(run_script, monkeypatch, interrupted):
     monkeypatch.setattr(jobs, "SECONDS_TO_END", 0.2)
     with pytest.raises(KeyboardInterrupt):

@@ -190,10 +190,9 @@ def test_a_model_without_a_list_of_layers_and_a_norm_is_refused(kind):
     assert "has no list of layers with a norm above it" in refusal(sharp_model(kind))
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="bug: their logits are taken for a mere product")
 @pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2"])
 def test_a_model_that_scales_or_caps_its_logits_is_refused(kind):
-    assert "tiny: " in refusal(sharp_model(kind), trained_layers=1)
+    assert "tiny: its logits are not the plain product" in refusal(sharp_model(kind), trained_layers=1)
 
 
 # Loading
