@@ -22,7 +22,7 @@ from helpers.chat_tokenizers import CHATML, make_chat_tokenizer  # noqa: E402
 
 CPU = torch.device("cpu")
 V, EOS = 60, 2
-LAYERS = 5
+LAYERS = 4
 SIZES = {
     "vocab_size": V,
     "hidden_size": 32,
@@ -85,7 +85,7 @@ def target_logits(whole, one):
 # A model that reads texts, and a task
 
 
-def make_chat_causal_lm(tokenizer, layers=6):
+def make_chat_causal_lm(tokenizer, layers):
     return make_causal_lm(
         vocab_size=len(tokenizer) + 8,  # output layers are often longer than the tokenizer
         num_hidden_layers=layers,
@@ -96,10 +96,12 @@ def make_chat_causal_lm(tokenizer, layers=6):
 
 def make_chat_model(trained_layers=2):
     tokenizer = make_chat_tokenizer()
-    return LanguageModel("tiny", tokenizer, make_chat_causal_lm(tokenizer), trained_layers, CPU, torch.float32)
+    return LanguageModel(
+        "tiny", tokenizer, make_chat_causal_lm(tokenizer, layers=3), trained_layers, CPU, torch.float32
+    )
 
 
-def save_model(folder, chat_template=CHATML, layers=6):
+def save_model(folder, chat_template=CHATML, layers=5):
     """A model and its tokenizer in a folder, whose name is returned. By default four of the layers are trained."""
     tokenizer = make_chat_tokenizer(chat_template=chat_template)
     make_chat_causal_lm(tokenizer, layers).save_pretrained(folder)
@@ -107,8 +109,9 @@ def save_model(folder, chat_template=CHATML, layers=6):
     return str(folder)
 
 
-NOUNS = ("weather", "wind", "north", "assistant", "model", "prompt", "city", "name", "token", "train")
-ENDS = ("fine", "weaker", "helpful", "trained", "like the other")
+NOUNS = ("weather", "north", "assistant", "name", "wind", "city")
+ENDS = ("fine", "weaker", "trained", "helpful")
+NEW_TOKENS = 16  # of each text; references have at most 15
 
 
 def made_up_pairs(number, seed=0):
@@ -128,7 +131,7 @@ def make_task(name="dialogue", pairs=60, seed=0, **changes):
     def load():
         return made_up_pairs(pairs, seed)
 
-    task = Task(name, name, "Answer.", "made up", load, prompt_tokens=100, new_tokens=20)
+    task = Task(name, name, "Answer.", "made up", load, prompt_tokens=100, new_tokens=NEW_TOKENS)
     return replace(task, **changes)
 
 

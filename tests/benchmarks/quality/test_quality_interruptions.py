@@ -42,16 +42,14 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
 
 def test_the_seconds_of_both_starts_are_told(make_experiment, count_calls):
-    count_calls("decode", failing=3)
+    count_calls("decode", failing=2)
     with pytest.raises(KeyboardInterrupt):
-        run_all(make_experiment(), [PDL])
+        run_all(make_experiment(), [UNTOUCHED])
     experiment = make_experiment()
-    before = experiment.cache.load("dialogue/pdl-1-seed0.json")["seconds"]
-    run_all(experiment, [PDL])
-    assert set(before) == {"learning rate", "training", "scoring", "writing", "text scores"}
-    after = record_of(experiment, PDL)["seconds"]
-    assert after["training"] == round(before["training"], 1)
-    assert experiment.seconds["writing"] > before["writing"]
+    before = experiment.cache.load("dialogue/untouched-seed0.json")["seconds"]
+    run_all(experiment, [UNTOUCHED])
+    assert set(before) == set(record_of(experiment, UNTOUCHED)["seconds"]) == {"scoring", "writing", "text scores"}
+    assert experiment.seconds["writing"] > before["writing"] > 0
 
 
 def test_interrupted_preparation_goes_on_where_it_was(make_experiment, monkeypatch):
@@ -201,7 +199,7 @@ def test_records_of_other_pairs_are_not_added_to(make_experiment, monkeypatch):
         ({}, {"made-up": "2.0"}),
         ({"instruction": "Reply."}, None),
         ({"prompt_tokens": 99}, None),
-        ({"new_tokens": 19}, None),
+        ({"new_tokens": 15}, None),
     ],
 )
 def test_pairs_made_from_other_data_are_not_used(make_experiment, monkeypatch, changes, versions):

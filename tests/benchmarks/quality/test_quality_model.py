@@ -58,7 +58,7 @@ def test_the_layers_are_shared_out():
     assert torch.equal(model.upper.norm.weight, whole.model.norm.weight)
     assert model.vocab_size == whole.config.vocab_size
     whole_parameters = dict(whole.model.named_parameters())
-    expected = {f"layers.{index}.": f"layers.{index + 3}." for index in range(2)}
+    expected = {f"layers.{index}.": f"layers.{index + 2}." for index in range(2)}
     for name, parameter in model.trained.items():
         assert torch.equal(parameter, whole_parameters[expected.get(name[:9], name[:9]) + name[9:]])
 
@@ -202,7 +202,7 @@ def test_a_model_that_scales_or_caps_its_logits_is_refused(kind):
 def test_a_model_is_loaded_from_a_folder(tmp_path):
     name = save_model(tmp_path)
     model = load(name, 4, CPU, torch.float32)
-    assert (model.name, model.cut, model.compute_dtype) == (name, 2, torch.float32)
+    assert (model.name, model.cut, model.compute_dtype) == (name, 1, torch.float32)
     assert model.tokenizer.chat_template is not None
     assert load(name, None, CPU, torch.bfloat16).lower is None
 
