@@ -166,7 +166,7 @@ class TaskEvidence:
         scores = {name: np.array(values) for name, values in kept["scores"].items()}
         pairs = np.array(kept["word_pairs"])
         return {
-            "diversity": rarefied(pairs, self.pairs) / self.pairs if pairs.sum() >= self.pairs else np.nan,
+            "diversity": rarefied(pairs, self.pairs) / self.pairs,
             "words": float(np.mean(kept["words"])),
             "in_source": float(scores["content_found"].sum() / scores["content"].sum()),
         }
@@ -178,19 +178,8 @@ class TaskEvidence:
 
 def rarefied(counts: np.ndarray, size: int) -> float:
     """The expected number of types among `size` words drawn without replacement; counts (types,)."""
-    total = int(counts.sum())
-    factorials = np.concatenate([[0.0], np.log(np.arange(1, total + 1)).cumsum()])
-    absent = np.where(
-        counts <= total - size,
-        np.exp(
-            factorials[total - counts]
-            - factorials[np.maximum(total - counts - size, 0)]
-            - factorials[total]
-            + factorials[total - size]
-        ),
-        0.0,
-    )
-    return float((1 - absent).sum())
+    text = [str(kind) for kind, count in enumerate(counts) for _ in range(count)]
+    return size * float(Types([text], 1).rarefied(size, np.ones((1, 1), dtype=np.int64))[0])
 
 
 def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEvidence | None:
