@@ -125,9 +125,9 @@ class LanguageModel:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, as GPUs and CPUs with AMX do."""
+    """bfloat16 where the hardware multiplies it faster than float32, as GPUs and CPUs with AMX or AVX-512 BF16 do."""
     if device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported()
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32

@@ -35,6 +35,7 @@ from benchmarks.quality.tasks.pairs import Pair
 from benchmarks.quality.training import draw_batches, train, validate
 
 PACKAGES = ("torch", "transformers", "sacrebleu", "rouge-score")
+FURTHER_RATES = 3  # at most, where the best learning rate is the largest or the smallest of those tried
 SAMPLES = 3  # prompts shown side by side: the first of the held-out part, which is in random order
 CUT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_hits")  # also of texts cut to their reference's length
 KEPT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_wanted", "rare_hits", "content", "content_found")
@@ -195,12 +196,16 @@ class Experiment:
             states = prepared.states["training"]
             batches = draw_batches([len(one.inputs) for one in states.encoded], self.settings.batch_size, seed=0)
             batches = batches[: self.settings.search_steps]
-            tried = {}
+            tried: dict[str, dict[str, float]] = {}
             with self.stage("learning rate"):
-                for rate in self.settings.learning_rates:
+                rates = list(self.settings.learning_rates)
+                while rates:
+                    rate = rates.pop(0)
                     train(self.model, arm, weights, states, batches, rate, f"{run.label}: learning rate {rate:g}")
                     targets = find_targets(self.model, prepared.states["validation"])
                     tried[f"{rate:g}"] = asdict(validate(self.model, arm, weights, targets, prepared.counts))
+                    if not rates and 1 < len(tried) < len(self.settings.learning_rates) + FURTHER_RATES:
+                        rates = next_rates(tried)
             best = {by: best_rate(tried, by) for by in ("calibrated_nll", "own_loss")}
             found = {"tried": tried, "chosen": float(best["calibrated_nll"]), "by_own_loss": float(best["own_loss"])}
             self.cache.save(f"{name}.json", found)
@@ -262,6 +267,16 @@ def best_rate(tried: dict[str, dict[str, float]], by: str) -> str:
     if not finite:
         raise UserError(f"every learning rate diverged ({', '.join(tried)}): there is nothing to compare")
     return min(finite, key=lambda rate: finite[rate])
+
+
+def next_rates(tried: dict[str, dict[str, float]]) -> list[float]:
+    """Three times more, or less, where the best so far is the largest, or the smallest; else none."""
+    best, rates = float(best_rate(tried, "calibrated_nll")), [float(rate) for rate in tried]
+    if best == max(rates):
+        return [float(f"{best * 3:.1g}")]
+    if best == min(rates):
+        return [float(f"{best / 3:.1g}")]
+    return []
 
 
 def require_same(path: Path, settings: Settings, prepared: Prepared | None = None) -> None:

@@ -48,9 +48,11 @@ def make_experiment(tmp_path, monkeypatch, _scores):
     """A function that makes one as a new start of the program does; folders are those of the test."""
     from helpers.quality import TINY, make_chat_model, make_task, use_task
 
+    from benchmarks.quality import matrix
     from benchmarks.quality.cache import Cache
     from benchmarks.quality.matrix import Experiment
 
+    monkeypatch.setattr(matrix, "FURTHER_RATES", 0)  # the search that goes on has tests of its own
     monkeypatch.setenv("PDL_KERNELS_COMMIT", "tests")  # git is not asked
     use_task(monkeypatch, make_task())
 
@@ -65,11 +67,13 @@ def finished(tmp_path_factory, _scores):
     """{run: the experiment after it} of cross entropy, PDL and the untouched model, which nothing interrupted."""
     from helpers.quality import CROSS_ENTROPY, PDL, TINY, UNTOUCHED, make_chat_model, make_task, use_task
 
+    from benchmarks.quality import matrix
     from benchmarks.quality.cache import Cache
     from benchmarks.quality.matrix import Experiment, run_all
 
     folder, found = tmp_path_factory.mktemp("finished"), {}
     with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(matrix, "FURTHER_RATES", 0)
         patch.setenv("PDL_KERNELS_COMMIT", "tests")
         use_task(patch, make_task())
         for run in (CROSS_ENTROPY, PDL, UNTOUCHED):

@@ -199,6 +199,46 @@ def test_validation_chooses_by_the_calibrated_model_and_tells_the_other_choice(m
     assert (rates["chosen"], rates["by_own_loss"]) == (0.01, 0.001)
 
 
+def search(make_experiment, monkeypatch, nll_of, rates=(2e-4, 6e-4, 2e-3)):
+    """What is recorded of a search where validation says `nll_of(rate)`."""
+    given = []
+    monkeypatch.setattr(matrix, "FURTHER_RATES", 3)
+    monkeypatch.setattr(matrix, "train", lambda *arguments: given.append(arguments[5]) or [1.0])
+    monkeypatch.setattr(matrix, "validate", lambda *arguments: Validation(nll_of(given[-1]), own_loss=1.0))
+    experiment = make_experiment(settings=replace(TINY, learning_rates=rates))
+    found = experiment.choose_learning_rate(
+        Run("dialogue", "focal", 0), ARMS["focal"], None, experiment.prepared("dialogue")
+    )
+    assert [f"{rate:g}" for rate in given] == list(found["tried"])
+    return list(found["tried"]), found["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("best", "further", "chosen"),
+    [
+        (6e-4, [], 6e-4),
+        (2e-3, ["0.006"], 2e-3),
+        (6e-3, ["0.006", "0.02"], 6e-3),
+        (1.0, ["0.006", "0.02", "0.06"], 6e-2),  # at most three more
+        (2e-4, ["7e-05"], 2e-4),
+        (7e-5, ["7e-05", "2e-05"], 7e-5),
+        (1e-9, ["7e-05", "2e-05", "7e-06"], 7e-6),
+    ],
+)
+def test_the_search_goes_on_while_the_best_rate_is_at_an_end(make_experiment, monkeypatch, best, further, chosen):
+    found = search(make_experiment, monkeypatch, lambda rate: abs(np.log(rate / best)))
+    assert found == (["0.0002", "0.0006", "0.002", *further], chosen)
+
+
+def test_a_further_rate_that_diverges_ends_the_search(make_experiment, monkeypatch):
+    found = search(make_experiment, monkeypatch, lambda rate: -rate if rate < 0.005 else float("nan"))
+    assert found == (["0.0002", "0.0006", "0.002", "0.006"], 2e-3)
+
+
+def test_a_single_rate_is_taken_as_it_is(make_experiment, monkeypatch):
+    assert search(make_experiment, monkeypatch, lambda rate: rate, rates=(6e-4,)) == (["0.0006"], 6e-4)
+
+
 def test_a_learning_rate_that_diverges_is_not_chosen_even_if_it_is_the_first(make_experiment):
     experiment, run = make_experiment(settings=replace(TINY, learning_rates=(1e30, 1e-3))), Run("dialogue", "focal", 0)
     run_all(experiment, [run])
