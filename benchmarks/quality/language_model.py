@@ -56,9 +56,12 @@ class LanguageModel:
         self.compute_dtype = dtype
         self.cut = 0 if trained_layers is None else layers - trained_layers
         causal_lm.eval().requires_grad_(False).to(device)
-        require_plain_logits(name, causal_lm, tokenizer.eos_token_id)
+        ids = torch.tensor([[tokenizer.eos_token_id] * 2], device=device)
+        with torch.inference_mode():
+            whole = causal_lm(input_ids=ids).logits
         self.output_weight: Tensor = causal_lm.get_output_embeddings().weight  # (V, H) float32
         self.lower, self.upper = split(base, self.cut)
+        self.require_logits(whole, ids)
         if self.lower is not None:
             self.output_weight = self.output_weight.detach().clone()  # the lower part may own it as its embedding
             convert(self.lower, self.compute_dtype)
@@ -116,6 +119,15 @@ class LanguageModel:
         """For choosing and scoring tokens. In bfloat16, 6 % of the positions have two likeliest tokens that tie."""
         return F.linear(states.float(), self.output_weight)
 
+    @torch.inference_mode()
+    def require_logits(self, expected: Tensor, ids: Tensor) -> None:
+        """Refuse a model that scales or caps something on its way: the parts have to give the whole model's logits."""
+        if not torch.allclose(self.logits(self.above(self.below(ids))), expected, rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"--model {self.name}: its layers, one after the other, and the plain product with its output layer do "
+                "not give its logits"
+            )
+
     def upper_for_decoding(self) -> nn.Module:
         """A copy of the upper part in the compute dtype."""
         upper = copy.deepcopy(self.upper).requires_grad_(False).eval()
@@ -131,18 +143,6 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
-
-
-@torch.inference_mode()
-def require_plain_logits(name: str, causal_lm: Any, token: int) -> None:
-    """Refuse a model that scales or caps its logits: here they are the product with the output layer and no more."""
-    ids = torch.tensor([[token]], device=causal_lm.device)
-    states = causal_lm.base_model(input_ids=ids).last_hidden_state
-    output = causal_lm.get_output_embeddings()
-    logits = causal_lm(input_ids=ids).logits
-    product = F.linear(states, output.weight)
-    if getattr(output, "bias", None) is not None or not torch.allclose(product, logits, rtol=1e-3, atol=1e-3):
-        raise UserError(f"--model {name}: its logits are not the plain product of its states and its output layer")
 
 
 def convert(part: nn.Module, dtype: torch.dtype) -> None:

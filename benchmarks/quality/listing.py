@@ -10,30 +10,40 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.quality import records
-from benchmarks.quality.matrix import Run, is_done
+from benchmarks.quality.errors import UserError
+from benchmarks.quality.matrix import Run, is_done, require_same
+from benchmarks.quality.settings import Settings
 
 
-def print_list(folder: Path, runs: Sequence[Run]) -> None:
+def print_list(folder: Path, runs: Sequence[Run], settings: Settings) -> None:
+    """`settings` are those of a run; records that were made with others are told, since it would refuse them."""
     done = {
         run: sum(records.read(records.record_path(folder, run.task, run.arm, run.seed))["seconds"].values())
         for run in runs
         if is_done(folder, run)
     }
-    table = Table(title=f"records in {folder}", title_justify="left")
+    table = Table()
     tasks = list(dict.fromkeys(run.task for run in runs))
     table.add_column("arm")
     for task in tasks:
-        table.add_column(f"{task}: seeds done", justify="right")
-        table.add_column("seconds", justify="right")
+        table.add_column(task, justify="right")
     for arm in dict.fromkeys(run.arm for run in runs):
         cells = []
         for task in tasks:
             seconds = [done[run] for run in done if (run.task, run.arm) == (task, arm)]
             of = sum((run.task, run.arm) == (task, arm) for run in runs)
-            cells += [f"{len(seconds)} of {of}", f"{sum(seconds):,.0f}" if seconds else ""]
+            took = f" ({sum(seconds):,.0f} s)" if seconds else ""
+            cells.append(f"{len(seconds)} of {of}{took}")
         table.add_row(arm, *cells)
     console = Console()
+    console.print(f"seeds done, records in {folder}", soft_wrap=True, highlight=False)
     console.print(table)
+    for task in tasks:
+        if (path := records.task_path(folder, task)).exists():
+            try:
+                require_same(path, settings)
+            except UserError as error:
+                console.print(str(error), soft_wrap=True, highlight=False)
     left = [run for run in runs if run not in done]
     if left and done:
         console.print(f"{len(left)} runs left, about {expected_seconds(done, left) / 3600:.1f} h of one process")

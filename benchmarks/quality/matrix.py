@@ -63,12 +63,12 @@ def plan(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> lis
     others = [arm for arm in arms if arm not in MAIN_ARMS]
     phases = [(main, seeds[:1]), (main, seeds[1:]), (others, seeds[:1]), (others, seeds[1:])]
     return [
-        Run(task, arm, seed)
+        Run(task, arm, seed if ARMS[arm].trained else 0)
         for chosen, some_seeds in phases
         for task in tasks
         for seed in some_seeds
         for arm in chosen
-        if ARMS[arm].trained or seed == seeds[0]  # nothing differs between the seeds of a model that is not trained
+        if ARMS[arm].trained or seed == seeds[0]  # a model that is not trained is run once, whatever the seeds
     ]
 
 

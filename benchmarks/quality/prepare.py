@@ -82,13 +82,7 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache, 
         states = {}
         for part in PARTS:
             encoded = [Encoded(*ids) for ids in document[part]["ids"]]
-            kept = cache.load(f"{task.name}/{part}.pt")
-            if kept is None:
-                made = run_below(model, encoded, f"{task.name}: frozen layers, {part.replace('_', '-')}")
-                cache.save(f"{task.name}/{part}.pt", {"values": made.values, "offsets": torch.tensor(made.offsets)})
-                states[part] = made
-            else:
-                states[part] = States(kept["values"], kept["offsets"].tolist(), encoded)
+            states[part] = states_of(encoded, model, cache, task.name, part)
         if not made_before:
             cache.save(f"{task.name}/seconds.json", round(time.perf_counter() - start, 1))
     counts = TokenCounts(model.vocab_size)
@@ -97,6 +91,18 @@ def prepare(task: Task, model: LanguageModel, settings: Settings, cache: Cache, 
     except IndexError as error:
         raise UserError(f"{cache.folder / task.name} was made with another vocabulary ({error}): delete it") from None
     return Prepared(task, pairs, states, counts, model)
+
+
+def states_of(encoded: list[Encoded], model: LanguageModel, cache: Cache, task: str, part: str) -> States:
+    """Those that are kept, if they are of these ids; else they are made."""
+    name = f"{task}/{part}.pt"
+    ids = hashlib.sha256(repr([(one.prompt, one.targets) for one in encoded]).encode()).hexdigest()
+    kept = cache.load(name)
+    if kept is not None and kept.get("ids") == ids:
+        return States(kept["values"], kept["offsets"].tolist(), encoded)
+    made = run_below(model, encoded, f"{task}: frozen layers, {part.replace('_', '-')}")
+    cache.save(name, {"values": made.values, "offsets": torch.tensor(made.offsets), "ids": ids})
+    return made
 
 
 def pairs_of(part: dict[str, Any]) -> list[Pair]:

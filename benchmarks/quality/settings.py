@@ -40,12 +40,18 @@ class Settings:
         return hashlib.sha256(content.encode()).hexdigest()[:10]
 
 
-def for_device(device: torch.device, dtype: torch.dtype, model: str | None, model_version: str) -> Settings:
-    """The last layers on a CPU; everything, with smaller learning rates, on a GPU."""
+def for_device(
+    device: torch.device, dtype: torch.dtype, model: str | None, model_version: str, layers: int | str | None = None
+) -> Settings:
+    """Without `layers`, a number or "all", the last ones on a CPU and all of them on a GPU.
+
+    Learning rates are smaller where everything is trained.
+    """
     name = str(dtype).removeprefix("torch.")
-    if device.type == "cpu":
-        return Settings(model, model_version, compute_dtype=name)
-    return Settings(model, model_version, layers=None, learning_rates=(1e-5, 3e-5, 1e-4), compute_dtype=name)
+    settings = Settings(model, model_version, compute_dtype=name)
+    if layers == "all" or (layers is None and device.type != "cpu"):
+        return replace(settings, layers=None, learning_rates=(1e-5, 3e-5, 1e-4))
+    return settings if layers is None else replace(settings, layers=int(layers))
 
 
 def quick(settings: Settings) -> Settings:

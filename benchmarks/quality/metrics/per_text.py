@@ -179,6 +179,12 @@ def score_texts(
     }
 
 
+def require_scorers() -> None:
+    """UserError where rouge-score or sacrebleu is missing: before hours of work rather than after."""
+    for module in ("rouge_score.rouge_scorer", "sacrebleu.metrics"):
+        _optional(module)
+
+
 def _optional(module: str) -> Any:
     """A module of one of the two packages that only these scores need."""
     try:

@@ -46,6 +46,11 @@ def test_a_gpu_trains_everything_and_a_cpu_the_last_layers():
     assert (cpu.model, cpu.model_version, cpu.layers, cpu.compute_dtype) == ("folder", "v", 4, "bfloat16")
     assert (gpu.model, gpu.model_version, gpu.layers, gpu.compute_dtype) == ("folder", "v", None, "bfloat16")
     assert max(gpu.learning_rates) < min(cpu.learning_rates)
+    everything = for_device(torch.device("cpu"), torch.float32, None, "", "all")
+    assert (everything.layers, everything.learning_rates) == (None, gpu.learning_rates)
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        last = for_device(device, torch.float32, None, "", 2)
+        assert (last.layers, last.learning_rates) == (2, cpu.learning_rates)
     small = quick(cpu)
     assert (small.seeds, small.learning_rates) == (1, cpu.learning_rates[1:2])
     assert 1 < small.steps < cpu.steps / 10

