@@ -120,7 +120,13 @@ def run_record(generator, task, arm, seed, references, spread):
         "settings": records.as_json(asdict(SETTINGS)),
         "environment": ENVIRONMENT,
         "held_out_digest": task,
-        "learning_rate": {"tried": {}, "chosen": 0.001, "by_own_loss": 0.002} if arm.trained else None,
+        "learning_rate": {
+            "tried": {rate: {} for rate in ("0.0005", "0.001", "0.002")},
+            "chosen": 0.001,
+            "by_own_loss": 0.002,
+        }
+        if arm.trained
+        else None,
         "losses": [3.0, 2.0],
         "buckets": ["frequent", "medium", "rare"],
         "tokens": tokens,

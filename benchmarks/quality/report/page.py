@@ -111,14 +111,17 @@ def cost(evidences: Sequence[TaskEvidence]) -> str:
                 stages[stage] = stages.get(stage, 0) + seconds
         first = evidence.document["environment"]
         packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
-        commits = sorted({run["environment"]["commit"] for run in evidence.runs.values()})
+        commits, devices = (
+            ", ".join(sorted({run["environment"][what] for run in evidence.runs.values()}))
+            for what in ("commit", "device")
+        )
         seconds_before = evidence.document["seconds"]
         before = "seconds not recorded" if seconds_before is None else f"{seconds_before:,.0f} s"
         spent = ", ".join(f"{stage} {seconds:,.0f} s" for stage, seconds in stages.items())
         lines.append(
             f"- {evidence.name}: {len(evidence.runs)} models, seeds {', '.join(map(str, evidence.seeds))}; {spent}; "
-            f"{before} for data and frozen layers. {first['device']}, {first['threads']} "
-            f"thread(s) a process, {first['compute_dtype']}; {packages}; commits {', '.join(commits)}."
+            f"{before} for data and frozen layers. {devices}; {first['threads']} "
+            f"thread(s) a process, {first['compute_dtype']}; {packages}; commits {commits}."
         )
     return "\n".join(lines) + "\n"
 

@@ -146,7 +146,7 @@ def column_title(measure: str, against: str) -> str:
 
 
 def learning_rates(evidences: Sequence[TaskEvidence]) -> str:
-    """What validation chose, and what the loss itself would have chosen where that differs."""
+    """What validation chose, whether the search ended there, and what the loss itself would have chosen."""
     rows = []
     for arm in [arm for arm in ARMS if ARMS[arm].trained]:
         row = [ARMS[arm].title]
@@ -155,10 +155,11 @@ def learning_rates(evidences: Sequence[TaskEvidence]) -> str:
             chosen = run and run["learning_rate"]
             if not chosen:
                 row.append("")
-            elif chosen["chosen"] == chosen["by_own_loss"]:
-                row.append(f"{chosen['chosen']:g}")
             else:
-                row.append(f"{chosen['chosen']:g} (own loss: {chosen['by_own_loss']:g})")
+                rate, own, tried = chosen["chosen"], chosen["by_own_loss"], [float(one) for one in chosen["tried"]]
+                notes = [f"the {end} tried" for end, of in (("smallest", min), ("largest", max)) if rate == of(tried)]
+                notes += [f"own loss: {own:g}"] if own != rate else []
+                row.append(f"{rate:g}" + (f" ({'; '.join(notes)})" if notes else ""))
         rows.append(row)
     return markdown(["", *(evidence.name for evidence in evidences)], rows)
 

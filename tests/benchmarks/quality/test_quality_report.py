@@ -1,6 +1,8 @@
 """The report's numbers are those of its records, its pages hold what is generated, and nothing else gets in."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,8 +143,34 @@ class TestTables:
         assert "content words in the source" not in tables.main_table(evidence)
         assert "content words in the source" in tables.main_table(load_task(folder, "summarisation", resamples=5))
 
+    @pytest.mark.parametrize(
+        ("chosen", "own_loss", "tried", "cell"),
+        [
+            (6e-4, 6e-4, ("0.0002", "0.0006", "0.002"), "0.0006"),
+            (6e-4, 2e-3, ("0.0002", "0.0006", "0.002"), "0.0006 (own loss: 0.002)"),
+            (2e-4, 2e-4, ("0.0002", "0.0006"), "0.0002 (the smallest tried)"),
+            (6e-4, 2e-4, ("0.0002", "0.0006"), "0.0006 (the largest tried; own loss: 0.0002)"),
+        ],
+    )
+    def test_how_the_search_for_a_learning_rate_ended(self, chosen, own_loss, tried, cell):
+        search = {"tried": dict.fromkeys(tried), "chosen": chosen, "by_own_loss": own_loss}
+        made_up = SimpleNamespace(name="dialogue", seeds=[0], runs={("focal", 0): {"learning_rate": search}})
+        *_, row = tables.learning_rates([made_up]).strip().splitlines()
+        assert row == f"| focal loss, gamma 2 | {cell} |"
+
 
 class TestPage:
+    def test_every_machine_and_commit_is_told(self, evidence):
+        def run(device, commit, seconds):
+            return {"environment": {"device": device, "commit": commit}, "seconds": {"training": seconds}}
+
+        runs = {("focal", 0): run("Xeon", "b", 10.0), ("focal", 1): run("EPYC", "a", 5.0)}
+        made_up = replace(evidence, runs=runs)
+        (line,) = page.cost([made_up]).splitlines()
+        assert "training 15 s;" in line
+        assert "EPYC, Xeon; 1 thread(s) a process" in line
+        assert line.endswith("commits a, b.")
+
     def test_it_is_filled_between_its_marks(self, folder):
         evidences = [load_task(folder, "dialogue", resamples=5)]
         made = page.blocks(evidences, list(answers(evidences[0])))
