@@ -77,6 +77,7 @@ class Experiment:
 
     def __init__(self, model: LanguageModel, settings: Settings, cache: Cache, folder: Path):
         self.model, self.settings, self.cache, self.folder = model, settings, cache, folder
+        self.commit = environment.commit()  # of the code that runs, whatever is committed meanwhile
         self._prepared: Prepared | None = None
         self.seconds: dict[str, float] = {}
 
@@ -131,7 +132,7 @@ class Experiment:
         device = self.model.device
         return {
             "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "commit": environment.commit(),
+            "commit": self.commit,
             "device": environment.device_name(device),
             "threads": torch.get_num_threads(),
             "model": self.model.name,

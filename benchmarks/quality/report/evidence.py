@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import records
-from benchmarks.quality.arms import ARMS, CROSS_ENTROPY, NATURAL, variants_of
+from benchmarks.quality.arms import ARMS, CROSS_ENTROPY, MAIN_ARMS, NATURAL, variants_of
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import Resamples, combine, draw
 from benchmarks.quality.metrics.corpus import Types, f1, mean, mean_of_finite, precision, ratio_of_sums, recall
@@ -183,7 +183,10 @@ def rarefied(counts: np.ndarray, size: int) -> float:
 
 
 def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEvidence | None:
-    """A task's records; None where there is nothing to compare with yet. Seeds that some arm lacks are left out."""
+    """A task's records; None where there is nothing to compare with yet.
+
+    Seeds that one of the main arms lacks are left out, and so is another arm until it has all of the others.
+    """
     path = records.task_path(folder, task)
     if not path.exists():
         return None
@@ -194,10 +197,12 @@ def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEviden
             file = records.record_path(folder, task, arm, seed)
             if file.exists():
                 runs[arm, seed] = read_run(file, document)
-    trained = {arm for arm, _ in runs if ARMS[arm].trained}
-    seeds = [seed for seed in range(document["settings"]["seeds"]) if all((arm, seed) in runs for arm in trained)]
-    if CROSS_ENTROPY.name not in trained or not seeds:
+    main = {arm for arm, _ in runs if ARMS[arm].trained and arm in MAIN_ARMS}
+    seeds = [seed for seed in range(document["settings"]["seeds"]) if all((arm, seed) in runs for arm in main)]
+    if CROSS_ENTROPY.name not in main or not seeds:
         return None
+    whole = {arm for arm in ARMS if not ARMS[arm].trained or all((arm, seed) in runs for seed in seeds)}
+    runs = {key: run for key, run in runs.items() if key[0] in whole}
     evidence = TaskEvidence(document, runs, seeds, draw(document["pairs"]["held_out"], len(seeds), resamples))
     fewest = min(
         evidence.text_set(reading, mode, seed).word_pairs()

@@ -87,6 +87,15 @@ class TestSeries:
         records.record_path(tmp_path, "style", "pdl-1", 1).unlink()
         assert load_task(tmp_path, "style", resamples=5).seeds == [0, 2]
 
+    def test_an_arm_counts_when_it_has_all_seeds_of_the_main_arms(self, tmp_path):
+        write_records(tmp_path, tasks=("dialogue",), arms=("cross-entropy", "pdl-1", "focal"))
+        records.record_path(tmp_path, "dialogue", "focal", 2).unlink()
+        without = load_task(tmp_path, "dialogue", resamples=2)
+        assert (without.arms, without.seeds) == (["cross-entropy", "pdl-1"], [0, 1, 2])
+        records.record_path(tmp_path, "dialogue", "pdl-1", 2).unlink()
+        both = load_task(tmp_path, "dialogue", resamples=2)
+        assert (both.arms, both.seeds) == (["cross-entropy", "pdl-1", "focal"], [0, 1])
+
     def test_records_of_other_settings_are_refused(self, tmp_path):
         write_records(tmp_path, tasks=("style",), arms=("cross-entropy", "pdl-1"))
         path = records.record_path(tmp_path, "style", "pdl-1", 2)
