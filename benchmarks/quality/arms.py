@@ -20,7 +20,7 @@ from pdl_kernels import (
 from pdl_kernels.weights.weighting import Weighting
 
 ALPHAS = (0.25, 0.4, 0.75, 1.0)
-TEMPERATURES = (0.7, 1.3)  # 1 is the model as it is
+TEMPERATURES = (0.7, 1.15, 1.3, 1.6)  # 1 is the model as it is
 FOCAL_GAMMA = 2.0
 NATURAL = "natural"  # logits as the model has them
 
@@ -79,6 +79,7 @@ def variants_of(arm: Arm) -> list[Variant]:
     variants = [Variant(NATURAL, arm.title, lambda counts, weights: Transform())]
     if arm == CROSS_ENTROPY:
         variants += [adjusted(tau) for tau in ALPHAS] + [at_temperature(value) for value in TEMPERATURES]
+        variants.append(adjusted_without_unseen(0.4))
     if arm.name.startswith("pdl-"):
         texts = arm.name in TEXTS_WITHOUT_SHIFT
         for name, strength in (("half-undone", 0.5), ("undone", 1.0)):
@@ -109,6 +110,21 @@ def adjusted(tau: float) -> Variant:
         return Transform(PowerLawWeighting(alpha=tau).table(counts).log())
 
     return Variant(f"adjusted-{tau:g}", f"cross entropy, logits adjusted by {tau:g}", transform)
+
+
+def adjusted_without_unseen(tau: float) -> Variant:
+    """As `adjusted`, but types that training never saw get the most frequent type's bias, not a weight of 1's.
+
+    PDL raises no type that it never sees, and the adjustment need not.
+    """
+
+    def transform(counts: TokenCounts, weights: Tensor | None) -> Transform:
+        bias = PowerLawWeighting(alpha=tau).table(counts).log()
+        seen = counts.counts > 0
+        return Transform(torch.where(seen, bias, bias[seen].min()))
+
+    title = f"cross entropy, logits adjusted by {tau:g}, types never seen not raised"
+    return Variant(f"adjusted-{tau:g}-seen", title, transform)
 
 
 def at_temperature(temperature: float) -> Variant:

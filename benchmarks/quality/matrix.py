@@ -25,7 +25,7 @@ from benchmarks.quality.decoding import Answer, decode
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import cut_to_shorter
 from benchmarks.quality.language_model import LanguageModel
-from benchmarks.quality.metrics.per_text import score_texts
+from benchmarks.quality.metrics.per_text import rouge_l_of_others, score_texts
 from benchmarks.quality.metrics.words import ngrams, words
 from benchmarks.quality.prepare import Prepared, is_prepared, prepare
 from benchmarks.quality.scoring import BUCKETS, find_targets, score
@@ -38,7 +38,16 @@ PACKAGES = ("torch", "transformers", "sacrebleu", "rouge-score")
 FURTHER_RATES = 3  # at most, where the best learning rate is the largest or the smallest of those tried
 SAMPLES = 3  # prompts shown side by side: the first of the held-out part, which is in random order
 CUT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_hits")  # also of texts cut to their reference's length
-KEPT_SCORES = ("rouge_l", "chrf", "rare_predicted", "rare_wanted", "rare_hits", "content", "content_found")
+KEPT_SCORES = (
+    "rouge_l",
+    "rouge_l_others",
+    "chrf",
+    "rare_predicted",
+    "rare_wanted",
+    "rare_hits",
+    "content",
+    "content_found",
+)
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,9 @@ class Experiment:
             "references": {
                 "scores": scores_against_references(references, held_out, prepared.common_words),
                 "words": [len(words(reference)) for reference in references],
-                "word_pairs": occurrences(references),
+                "word_pairs": texts_with(references),
             },
+            "held_out_groups": numbered([pair.group for pair in held_out]),
             "samples": [{"prompt": list(pair.turns), "reference": pair.reference} for pair in held_out[:SAMPLES]],
             "seconds": self.cache.load(f"{prepared.task.name}/seconds.json"),
         }
@@ -299,6 +309,7 @@ def scores_against_references(
     """The scores that need the data, which are not kept; those of texts alone are computed by whoever reads them."""
     references, sources = [pair.reference for pair in pairs], [pair.source for pair in pairs]
     whole = score_texts(texts, references, sources, common_words)
+    whole["rouge_l_others"] = rouge_l_of_others(texts, references, [pair.group for pair in pairs])
     cut = score_texts(cut_to_shorter(texts, references)[0], references, sources, common_words)
     return records.compact(
         {name: whole[name] for name in KEPT_SCORES} | {f"cut_{name}": cut[name] for name in CUT_SCORES}
@@ -311,10 +322,16 @@ def give_memory_back() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # glibc has it
 
 
-def occurrences(texts: Sequence[str]) -> list[int]:
-    """How often each pair of neighbouring words occurs in all texts: what measures of diversity need, without words."""
-    counts = Counter(pair for text in texts for pair in ngrams(words(text), 2))
+def texts_with(texts: Sequence[str]) -> list[int]:
+    """In how many texts each pair of neighbouring words occurs: what measures of diversity need, without words."""
+    counts = Counter(pair for text in texts for pair in set(ngrams(words(text), 2)))
     return sorted(counts.values(), reverse=True)
+
+
+def numbered(groups: Sequence[object]) -> list[int]:
+    """The same number for the same group, from 0 in the order of their first appearance."""
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault(group, len(numbers)) for group in groups]
 
 
 def mean(values: Iterator[int]) -> float:

@@ -14,8 +14,8 @@ from benchmarks.quality.errors import UserError
 from pdl_kernels.weights.files import replace_file
 
 SCHEMA = "pdl-kernels quality"
-VERSION = 1
-THOUSANDTHS = ("rouge_l", "chrf", "cut_rouge_l", "cut_chrf")  # kept as whole thousandths
+VERSION = 2
+THOUSANDTHS = ("rouge_l", "rouge_l_others", "chrf", "cut_rouge_l", "cut_chrf")  # kept as whole thousandths
 
 
 def record_path(folder: Path, task: str, arm: str, seed: int) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from benchmarks.quality import records
 from benchmarks.quality.arms import ARMS, variants_of
-from benchmarks.quality.matrix import occurrences
+from benchmarks.quality.matrix import texts_with
 from benchmarks.quality.metrics.words import words
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import OFFLINE
@@ -40,6 +40,7 @@ def scores_of(texts, references):
     predicted = [one[0] for one in found]
     return {
         "rouge_l": rouge,
+        "rouge_l_others": [value // 3 for value in rouge],
         "chrf": [100 * value for value in rouge],
         "rare_predicted": predicted,
         "rare_wanted": [one[1] for one in found],
@@ -80,8 +81,9 @@ def write_records(folder, tasks=OFFLINE, arms=tuple(ARMS), seeds=(0, 1, 2)):
                 "references": {
                     "scores": scores_of(references, references),
                     "words": [len(words(text)) for text in references],
-                    "word_pairs": occurrences(references),
+                    "word_pairs": texts_with(references),
                 },
+                "held_out_groups": [place // 2 for place in range(SETTINGS.held_out_pairs)],
                 "samples": [{"prompt": ["hello *there*"], "reference": text} for text in references[:3]],
                 "seconds": 1.0,
             },

@@ -2,6 +2,7 @@
 
     rouge_l      F1 of the longest common subsequence of words (Lin, 2004), 0 to 1, without stemming. The rouge-score
                  package has its own words: runs of a-z and 0-9, everything else separates.
+    rouge_l_others  the mean ROUGE-L against references of other prompts: what a text scores without answering its own.
     chrf         chrF2, the F-score of character n-grams up to 6 (Popović, 2015), 0 to 100.
     rare         a word type is rare if it is none of the common words of the references, `common_words_of`. Types, not
                  words: whoever repeats one rare word has found one.
@@ -19,6 +20,7 @@ import importlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,7 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 CONTENT_LETTERS = 3  # content words have at least so many characters
 
 SELF_BLEU_SAMPLE = 100
+OTHERS = 10  # references of other prompts that a text is held against
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,24 @@ def score_texts(
         field.name: np.array([getattr(row, field.name) for row in rows], dtype=dtypes[str(field.type)])
         for field in fields(TextScores)
     }
+
+
+def rouge_l_of_others(
+    texts: Sequence[str], references: Sequence[str], groups: Sequence[object], others: int = OTHERS
+) -> np.ndarray:
+    """(texts,) the mean ROUGE-L of each text against the next `others` references that are of another group.
+
+    What is common to all references, above all frequent words, scores here as it does against the text's own. 0 where
+    every reference is of one group.
+    """
+    rouge = _optional("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    scores = np.zeros(len(texts))
+    for index, text in enumerate(texts):
+        following = ((index + step) % len(texts) for step in range(1, len(texts)))
+        chosen = list(islice((place for place in following if groups[place] != groups[index]), others))
+        if chosen:
+            scores[index] = np.mean([rouge.score(references[place], text)["rougeL"].fmeasure for place in chosen])
+    return scores
 
 
 def require_scorers() -> None:

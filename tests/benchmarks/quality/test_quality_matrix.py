@@ -14,7 +14,7 @@ from benchmarks.quality.decoding import Transform, decode
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.matrix import Run, best_rate, plan, run_all
 from benchmarks.quality.metrics.per_text import common_words_of
-from benchmarks.quality.metrics.words import words
+from benchmarks.quality.metrics.words import ngrams, words
 from benchmarks.quality.scoring import find_targets
 from benchmarks.quality.tasks.pairs import Pair
 from benchmarks.quality.training import Validation
@@ -62,10 +62,11 @@ def test_a_record_tells_all_of_a_run(finished):
     assert np.sum(record["tokens"], axis=1).tolist() == [len(one.targets) for one in held_out]
 
     adjusted = [NATURAL, *(f"adjusted-{tau:g}" for tau in ALPHAS)]
-    heated = ["temperature-0.7", "temperature-1.3"]
-    assert list(record["nll"]) == list(record["correct"]) == adjusted + heated
-    greedy_and_sampled = [f"{name} {mode}" for name in adjusted for mode in ("greedy", "sampled")]
-    assert list(record["texts"]) == greedy_and_sampled + [f"{name} sampled" for name in heated]
+    heated, seen = [f"temperature-{value}" for value in ("0.7", "1.15", "1.3", "1.6")], "adjusted-0.4-seen"
+    assert list(record["nll"]) == list(record["correct"]) == [*adjusted, *heated, seen]
+    both = {name: [f"{name} greedy", f"{name} sampled"] for name in (*adjusted, seen)}
+    sampled = [f"{name} sampled" for name in heated]
+    assert list(record["texts"]) == [*(text for name in adjusted for text in both[name]), *sampled, *both[seen]]
     for kept in record["texts"].values():
         assert len(kept["texts"]) == len(kept["ended"]) == len(kept["tokens"]) == 6
         for ended, length in zip(kept["ended"], kept["tokens"], strict=True):
@@ -94,6 +95,14 @@ def test_a_task_is_described_without_its_texts(finished):
     assert [sample["reference"] for sample in document["samples"]] == [pair.reference for pair in held_out[:3]]
     assert document["references"]["scores"]["rouge_l"] == [1000] * 6
     assert document["references"]["words"] == [len(words(pair.reference)) for pair in held_out]
+    numbers = document["held_out_groups"]
+    assert len(set(zip(numbers, [pair.group for pair in held_out], strict=True))) == len(set(numbers))
+    assert max(numbers) + 1 == document["groups"]["held_out"] == len(set(numbers))
+    assert matrix.numbered(["b", "a", "b", "c"]) == [0, 1, 0, 2]
+    pairs_of_words = [set(ngrams(words(pair.reference), 2)) for pair in held_out]
+    assert sum(document["references"]["word_pairs"]) == sum(map(len, pairs_of_words))
+    assert len(document["references"]["word_pairs"]) == len(set.union(*pairs_of_words))
+    assert matrix.texts_with(["a b a b a b", "b a", "a c"]) == [2, 1, 1]
     groups = [{pair.group for pair in pairs} for pairs in prepared.pairs.values()]
     assert document["groups"] == dict(zip(document["pairs"], map(len, groups), strict=True))
     assert sum(map(len, groups)) == len(set.union(*groups)), "no two parts share a group"
@@ -113,6 +122,12 @@ def test_a_text_is_also_scored_without_what_it_has_more_than_its_reference():
     pairs = [Pair(("Where?",), "The kite flew north.", "g"), Pair(("Is it fine?",), "Yes.", "g")]
     texts = ["The kite flew north. Then an ox came home.", ""]
     found = matrix.scores_against_references(texts, pairs, frozenset({"the", "then", "an"}))
+    assert found["rouge_l_others"] == [0, 0], "there is no other group"
+    apart = [replace(pairs[0], group="h"), pairs[1]]
+    assert matrix.scores_against_references(["Yes, yes.", "The kite!"], apart, frozenset())["rouge_l_others"] == [
+        667,
+        667,
+    ]
     assert found["cut_rouge_l"] == [1000, 0]
     assert found["rouge_l"] == [615, 0]  # 4 of 9 words and 4 of 4: 8 / 13
     assert (found["rare_predicted"], found["cut_rare_predicted"]) == ([6, 0], [3, 0])

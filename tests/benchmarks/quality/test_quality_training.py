@@ -77,7 +77,7 @@ def test_cross_entropy_gets_log_weights_added_or_another_temperature():
     logits = torch.randn(3, V)
     found = {variant.name: variant for variant in variants_of(ARMS["cross-entropy"])}
     names = [NATURAL, *(f"adjusted-{tau:g}" for tau in ALPHAS), *(f"temperature-{value}" for value in TEMPERATURES)]
-    assert list(found) == names
+    assert list(found) == [*names, "adjusted-0.4-seen"]
     assert torch.equal(found[NATURAL].transform(counts, None)(logits), logits)
     for tau in ALPHAS:
         expected = logits + weights_of(f"pdl-{tau:g}", counts.counts).log()
@@ -88,6 +88,18 @@ def test_cross_entropy_gets_log_weights_added_or_another_temperature():
         assert (variant.greedy, variant.sampled) == (False, True)
     assert [variant.name for variant in variants_of(ARMS["untouched"])] == [NATURAL]
     assert [variant.name for variant in variants_of(ARMS["focal"])] == [NATURAL]
+
+
+def test_types_never_seen_need_not_be_raised():
+    counts = make_counts()
+    (variant,) = [one for one in variants_of(ARMS["cross-entropy"]) if one.name == "adjusted-0.4-seen"]
+    assert (variant.greedy, variant.sampled) == (True, True)
+    bias = variant.transform(counts, None)(torch.zeros(1, V))[0]
+    log_weights, seen = weights_of("pdl-0.4", counts.counts).log().float(), counts.counts > 0
+    torch.testing.assert_close(bias[seen], log_weights[seen])
+    assert (bias[~seen] == bias.min()).all()
+    assert bias.argmin() == counts.counts.argmax() or bias[counts.counts.argmax()] == bias.min()
+    assert bias.min() < 0
 
 
 @pytest.mark.parametrize("name", ["pdl-0.25", "pdl-1", "pdl-paper"])
