@@ -2,13 +2,14 @@
 
 Every score is computed for the sample itself and for R resamples of it, an array (1 + R,) whose first element is the
 sample. Arms see the same prompts in each resample and the same seeds, so the difference of two such arrays is paired:
-what makes a prompt hard or a seed lucky for both cancels.
+what makes a prompt hard or a seed lucky for both cancels. Prompts are drawn by group: those of one conversation
+resemble each other, and are less evidence than as many strangers.
 
 An interval is value +- 1.96 standard deviations of the resamples, and no percentiles: resamples repeat prompts, and
 scores that count distinct words are therefore lower in nearly all of them than in the sample
 (`benchmarks.quality.metrics.corpus`). Against 120 samples from one made-up source of 300 texts, the standard deviation
-of the resamples is right for rarefied distinct-n (1.1 times that of the samples), a fifth too large for distinct-n and
-the number of types, and 2.5 times too large for the Zipf slope: those intervals are wider than they need be.
+of the resamples is a fifth too large for distinct-n and the number of types, and 2.5 times too large for the Zipf
+slope: those intervals are wider than they need be.
 
 Prompts and seeds are crossed, and drawn independently (Owen, 2007, The pigeonhole bootstrap). For what varies by prompt
 and seed together, as chance in generation does, the interval is therefore wider than it need be. For what varies by
@@ -48,14 +49,17 @@ class Estimate:
     high: float
 
 
-def draw(prompts: int, seeds: int, resamples: int = 500, seed: int = 0) -> Resamples:
-    """Draw as many prompts as there are, and as many seeds, with replacement and independently, for each resample.
+def draw(groups: Sequence[int], seeds: int, resamples: int = 500, seed: int = 0) -> Resamples:
+    """Draw as many groups of prompts as there are, and as many seeds, with replacement and independently.
 
-    >>> drawn = draw(prompts=4, seeds=3, resamples=2)
-    >>> drawn.prompts[0].tolist(), drawn.prompts.sum(axis=1).tolist(), drawn.seeds.shape
-    ([1, 1, 1, 1], [4, 4, 4], (3, 3))
+    `groups` has a number for each prompt, from 0. Prompts of one group, such as the turns of a conversation, resemble
+    each other, and are in a resample together: resamples differ in their number of prompts.
+
+    >>> drawn = draw(groups=[0, 0, 1, 2], seeds=3, resamples=2)
+    >>> drawn.prompts[0].tolist(), (drawn.prompts[:, 0] == drawn.prompts[:, 1]).all().item(), drawn.seeds.shape
+    ([1, 1, 1, 1], True, (3, 3))
     """
-    for name, came in (("prompts", prompts), ("seeds", seeds)):
+    for name, came in (("groups", len(groups)), ("seeds", seeds)):
         if came < 1:
             raise ValueError(f"{name} is {came}; accepted are 1 and more")
     random = np.random.default_rng(seed)
@@ -64,7 +68,7 @@ def draw(prompts: int, seeds: int, resamples: int = 500, seed: int = 0) -> Resam
         drawn = random.multinomial(size, np.full(size, 1 / size), size=resamples)
         return np.concatenate([np.ones((1, size), dtype=np.int64), drawn.astype(np.int64)])
 
-    return Resamples(multiplicities(prompts), multiplicities(seeds))
+    return Resamples(multiplicities(max(groups) + 1)[:, list(groups)], multiplicities(seeds))
 
 
 def combine(values: np.ndarray, resamples: Resamples) -> np.ndarray:
@@ -114,21 +118,45 @@ def best_diversity_at(quality: np.ndarray, diversity: np.ndarray, at: np.ndarray
     `quality` and `diversity` are (K, 1 + R): K settings in the order of the dial, joined by straight lines in the plane
     of quality and diversity. Quality need not fall along the dial: every part of the curve with quality >= at counts.
     On a straight line the highest diversity is at an end of such a part, which is a setting or a crossing of `at`,
-    (1 + R,). A setting without a value in a resample leaves that resample's curve, with both its lines. nan where
-    nothing on the curve is as good as `at`.
+    (1 + R,). A setting without a value in a resample leaves that resample's curve, with both its lines.
+
+    Where `at` is above every setting, the best setting stands for the curve, to the baseline's advantage. nan where it
+    is below every setting: the dial was not turned that far, and would offer more than any setting there is.
 
         >>> curve = np.array([[3.0], [2.0], [1.0]]), np.array([[10.0], [20.0], [40.0]])  # colder to hotter
         >>> best_diversity_at(*curve, at=np.array([1.5])).tolist()
         [30.0]
     """
-    good = (quality >= at) & np.isfinite(diversity)  # (K, 1 + R)
-    settings = np.where(good, diversity, -np.inf)
+    quality = np.where(np.isfinite(diversity), quality, np.nan)
+    highest, lowest = (pick(quality, axis=0) for pick in (np.fmax.reduce, np.fmin.reduce))
+    at = np.minimum(at, highest)
+    settings = np.where(quality >= at, diversity, -np.inf)  # (K, 1 + R)
     (q0, q1), (d0, d1) = ((curve[:-1], curve[1:]) for curve in (quality, diversity))  # (K - 1, 1 + R) each
-    crosses = ((q0 >= at) != (q1 >= at)) & np.isfinite(q0 + q1 + d0 + d1)
+    crosses = ((q0 >= at) != (q1 >= at)) & np.isfinite(q0 + q1)
     along = np.divide(at - q0, q1 - q0, out=np.zeros_like(q0), where=crosses)  # 0 at the first end, 1 at the second
     crossings = np.where(crosses, d0 + along * (d1 - d0), -np.inf)
     best = np.concatenate([settings, crossings]).max(axis=0)
-    return np.where(np.isfinite(best), best, np.nan)
+    return np.where(np.isfinite(best) & (at >= lowest), best, np.nan)
+
+
+def value_at_diversity(value: np.ndarray, diversity: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(1 + R,) at equal diversity: a measure of the baseline with its dial turned until it is as diverse as `at`.
+
+    `value` and `diversity` are (K, 1 + R) as in `best_diversity_at`. The first point along the dial counts, on the
+    straight line between two settings; its start where that is diverse enough already. nan where no setting is.
+
+        >>> curve = np.array([[3.0], [2.0], [1.0]]), np.array([[10.0], [20.0], [40.0]])
+        >>> value_at_diversity(*curve, at=np.array([30.0])).tolist()
+        [1.5]
+    """
+    reached = diversity >= at  # (K, 1 + R)
+    first = np.argmax(reached, axis=0)
+    before = np.maximum(first - 1, 0)
+    column = np.arange(diversity.shape[1])
+    d0, d1, v0, v1 = (series[row, column] for series in (diversity, value) for row in (before, first))
+    with np.errstate(divide="ignore", invalid="ignore"):  # at the first setting there is no line
+        found = v0 + (at - d0) / (d1 - d0) * (v1 - v0)
+    return np.where(reached.any(axis=0), np.where(first == 0, v1, found), np.nan)
 
 
 def cut_to_shorter(a: Sequence[str], b: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ value +- 1.96 standard errors.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -109,33 +110,30 @@ class Types:
         return np.divide(self.unique(m), total, out=np.full_like(total, np.nan), where=total > 0)
 
     def rarefied(self, size: int, m: np.ndarray) -> np.ndarray:
-        """(R,) distinct-n at a fixed number of n-grams: the expected types among `size` of them, divided by `size`.
+        """(R,) distinct-n at a fixed number of n-grams: the expected types in whole texts that hold `size` of them.
 
-        The n-grams are drawn from the resample's N without replacement (rarefaction: Hurlbert, 1971, Ecology 52). Of a
-        type with c n-grams none is drawn with the hypergeometric probability C(N - c, size) / C(N, size), so
+        Of a resample's T texts with N n-grams, k = size T / N are drawn without replacement, which hold `size` n-grams
+        on average (sample-based rarefaction: Gotelli and Colwell, 2001, Ecology Letters 4). Of a type that t texts have
+        none is drawn with the hypergeometric probability C(T - t, k) / C(T, k), by the Gamma function for a broken k:
 
-            rarefied = sum over types of (1 - C(N - c, size) / C(N, size)) / size
+            rarefied = sum over types of (1 - C(T - t, k) / C(T, k)) / size
 
-        nan where the resample has fewer than `size` n-grams.
+        Whole texts, not n-grams one by one, because a text that repeats itself has its repetitions together: if few of
+        many n-grams are drawn one by one, a loop looks like different n-grams. nan where N < size.
         """
         if size < 1:
             raise ValueError(f"size is {size}; accepted are 1 and more")
-        total = self.total(m).astype(np.int64)  # (R,)
-        log_factorial = _log_factorials(int(total.max(initial=0)))
-        enough = total >= size
+        total, texts = self.total(m), m.sum(axis=1)  # (R,) each
         result = np.full(len(total), np.nan)
         chunk_end = 0
-        for counts in self._counts(m):
+        for counts in self._counts(m, of_texts=True):
             chunk = slice(chunk_end, chunk_end + counts.shape[1])
             chunk_end = chunk.stop
-            counts, N = counts[:, enough[chunk]], total[chunk][enough[chunk]]
-            left = N - counts  # (groups, r) n-grams of other types than one of the group
-            can_miss = left >= size
-            # log C(left, size) - log C(N, size), in which size! cancels
-            log_missed = log_factorial[left] - log_factorial[np.maximum(left - size, 0)]
-            log_missed -= log_factorial[N] - log_factorial[N - size]
-            missed = np.exp(log_missed, where=can_miss, out=np.zeros_like(log_missed))
-            result[chunk][enough[chunk]] = (self.types - self._sum_over_types(missed)) / size
+            enough = total[chunk] >= size
+            T = texts[chunk][enough]  # (r,)
+            missed = missed_by_draws(T, size * T / total[chunk][enough])  # (most texts + 1, r)
+            absent = np.take_along_axis(missed, counts[:, enough], axis=0)  # (groups, r)
+            result[chunk][enough] = (self.types - self._sum_over_types(absent)) / size
         return result
 
     def expectation_adjusted(self, vocabulary: int, m: np.ndarray) -> np.ndarray:
@@ -175,8 +173,11 @@ class Types:
         """(r,) sum of values (groups, r) that each type of a group has."""
         return self._alike.astype(np.float64) @ values.astype(np.float64)
 
-    def _counts(self, m: np.ndarray) -> Iterator[np.ndarray]:
-        """(groups, r) int32: how often a type of each group is in each resample; r resamples at a time, in order."""
+    def _counts(self, m: np.ndarray, of_texts: bool = False) -> Iterator[np.ndarray]:
+        """(groups, r) int32: how often a type of each group is in each resample; r resamples at a time, in order.
+
+        Or, `of_texts`, in how many texts of it.
+        """
         if m.ndim != 2 or m.shape[1] != self.prompts:
             raise ValueError(f"m has shape {m.shape}; accepted is (resamples, {self.prompts})")
         step = max(1, _CHUNK // max(1, len(self._count), self.types))
@@ -185,7 +186,9 @@ class Types:
             if not self.types:
                 yield np.zeros((0, chunk.shape[1]), dtype=np.int32)
                 continue
-            entries = chunk[self._prompt] * self._count[:, None].astype(np.int32)  # (entries, r)
+            entries = chunk[self._prompt]  # (entries, r)
+            if not of_texts:
+                entries = entries * self._count[:, None].astype(np.int32)
             yield np.add.reduceat(entries, self._starts, axis=0)
 
 
@@ -194,9 +197,20 @@ def _sums(values: np.ndarray, m: np.ndarray) -> np.ndarray:
     return m.astype(np.float64) @ np.asarray(values, dtype=np.float64)
 
 
-def _log_factorials(largest: int) -> np.ndarray:
-    """(largest + 1,) log 0!, log 1!, ..., from a running sum: all arguments are integers, and numpy has no lgamma."""
-    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, largest + 1)))])
+def missed_by_draws(texts: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """(most texts + 1, r) C(T - t, k) / C(T, k) for t = 0, 1, ...: that none of t texts is among the k drawn of T.
+
+    texts (r,) are T, drawn (r,) are k. numpy has no logarithm of the Gamma function.
+    """
+    t = np.arange(texts.max(initial=0) + 1)[:, None]
+    left = texts - t  # (most + 1, r) texts without the type
+    possible = left >= drawn
+    log_missed = _log_gamma(np.where(possible, left, 0) + 1) - _log_gamma(np.where(possible, left - drawn, 0) + 1)
+    log_missed -= _log_gamma(texts + 1) - _log_gamma(texts - drawn + 1)
+    return np.where(possible, np.exp(log_missed), 0.0)
+
+
+_log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
 
 
 def _slope(x: np.ndarray, y: np.ndarray, used: np.ndarray) -> np.ndarray:

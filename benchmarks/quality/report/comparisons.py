@@ -1,34 +1,47 @@
 """The questions, and their answers with intervals.
 
-natural       PDL against cross entropy, both as they are
-adjusted      PDL against cross entropy whose logits are adjusted by the same exponent, which needs no training
-equal quality diversity, or F1 of rare words, of PDL, less the most that a baseline's curve has at no lower ROUGE-L
-undone        the NLL of PDL with its shift undone, less that of cross entropy
+natural         PDL against cross entropy, both as they are
+adjusted        PDL against cross entropy whose logits are adjusted by the same exponent, which needs no training
+equal quality   the diversity of PDL, less the most that a baseline's curve has at PDL's quality or better
+equal diversity quality and F1 of rare words of PDL, less those of a baseline whose dial is turned to PDL's diversity
+undone          the NLL of PDL with its shift undone, less that of cross entropy
+straight lines  the diversity of each setting of a baseline, less what the line between the other settings has at its
+                quality: what a baseline has and its straight lines do not show
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.quality.arms import ALPHAS, TEMPERATURES
-from benchmarks.quality.intervals import Estimate, best_diversity_at, difference
+from benchmarks.quality.intervals import Estimate, best_diversity_at, difference, value_at_diversity
 from benchmarks.quality.report.evidence import Reading, TaskEvidence
 from benchmarks.quality.scoring import BUCKETS
 
 MODES = ("greedy", "sampled")
 CROSS_ENTROPY = Reading("cross-entropy")
 ADJUSTED = [CROSS_ENTROPY, *(Reading("cross-entropy", f"adjusted-{tau:g}") for tau in ALPHAS)]
-HEATED = sorted(
-    [(1.0, CROSS_ENTROPY), *((value, Reading("cross-entropy", f"temperature-{value:g}")) for value in TEMPERATURES)],
-    key=lambda pair: pair[0],
-)
-CURVES = {"adjusted logits": ADJUSTED, "temperature": [reading for _, reading in HEATED]}
-QUALITY = "rouge_l"  # what "equal quality" is judged by
-GAINS = ("diversity", "rare_f1")  # what is compared there
-PAIRED = ("diversity", "rouge_l", "cut_chrf", "rare_precision", "rare_recall", "rare_f1", "words")
+QUALITY = "own_rouge_l"  # what "equal quality" is judged by
+DIVERSITY = "diversity"
+AT_EQUAL_DIVERSITY = (QUALITY, "rare_f1")
+PAIRED = (DIVERSITY, QUALITY, "rouge_l", "cut_chrf", "rare_precision", "rare_recall", "rare_f1", "words")
+
+
+def adjusted(mode: str) -> list[tuple[Reading, str]]:
+    """Cross entropy with its logits adjusted further and further, texts of one mode."""
+    return [(reading, mode) for reading in ADJUSTED]
+
+
+def heated(mode: str) -> list[tuple[Reading, str]]:
+    """Cross entropy sampled hotter and hotter, from temperature 0, which is greedy; the same for both modes."""
+    at = {value: Reading("cross-entropy", f"temperature-{value:g}") for value in TEMPERATURES} | {1.0: CROSS_ENTROPY}
+    return [(CROSS_ENTROPY, "greedy"), *((at[value], "sampled") for value in sorted(at))]
+
+
+CURVES: dict[str, Callable[[str], list[tuple[Reading, str]]]] = {"adjusted logits": adjusted, "temperature": heated}
 
 
 @dataclass(frozen=True)
@@ -39,48 +52,85 @@ class Answer:
     task: str
     mode: str  # "" where no text is written
     arm: str
+    variant: str
     against: str
     measure: str
     estimate: Estimate
+    seeds: int
+    note: str = ""  # what the number alone would hide
+
+    @property
+    def title(self) -> str:
+        return Reading(self.arm, self.variant).title
 
 
 def answers(evidence: TaskEvidence) -> Iterator[Answer]:
     """Everything that is asked of one task, as far as its records go."""
     if CROSS_ENTROPY.arm not in evidence.arms:
         return
+    for mode, curve in (("greedy", "adjusted logits"), ("sampled", "adjusted logits"), ("sampled", "temperature")):
+        for one, of_mode in CURVES[curve](mode)[1:-1]:
+            yield from at_equal_quality(evidence, of_mode, one, curve, "straight lines")
     for arm in [arm for arm in evidence.arms if arm.startswith("pdl-")]:
-        reading = Reading(arm)
-        for mode in MODES:
-            yield from paired(evidence, "natural", mode, reading, CROSS_ENTROPY)
-            baseline = Reading("cross-entropy", arm.replace("pdl-", "adjusted-").replace("paper", "1"))
-            yield from paired(evidence, "adjusted", mode, reading, baseline)
-            for curve in CURVES:
-                for gain in GAINS:
-                    yield from at_equal_quality(evidence, mode, reading, curve, gain)
-        undone = Reading(arm, "undone")
-        for bucket in (None, *BUCKETS):
-            change = difference(evidence.nll(undone, bucket), evidence.nll(CROSS_ENTROPY, bucket))
-            yield Answer("undone", evidence.name, "", arm, "cross entropy", f"nll {bucket or 'all'}", change)
+        reading, half, undone = Reading(arm), Reading(arm, "half-undone"), Reading(arm, "undone")
         baseline = Reading("cross-entropy", arm.replace("pdl-", "adjusted-").replace("paper", "1"))
-        for bucket in (None, *BUCKETS):
-            change = difference(evidence.nll(reading, bucket), evidence.nll(baseline, bucket))
-            yield Answer("adjusted", evidence.name, "", arm, baseline.title, f"nll {bucket or 'all'}", change)
+        for mode in MODES:
+            for question, other in (("natural", CROSS_ENTROPY), ("adjusted", baseline)):
+                for measure in PAIRED:
+                    change = difference(evidence.series(reading, mode, measure), evidence.series(other, mode, measure))
+                    yield answer(evidence, question, mode, reading, other.title, measure, change)
+            for one in [one for one in (reading, half) if evidence.has_texts(one, mode)]:
+                for curve in CURVES:
+                    yield from at_equal_quality(evidence, mode, one, curve)
+                    yield from at_equal_diversity(evidence, mode, one, curve)
+        for question, one, other in (("undone", undone, CROSS_ENTROPY), ("adjusted", reading, baseline)):
+            for bucket in (None, *BUCKETS):
+                change = difference(evidence.nll(one, bucket), evidence.nll(other, bucket))
+                yield answer(evidence, question, "", one, other.title, f"nll {bucket or 'all'}", change)
 
 
-def paired(evidence: TaskEvidence, question: str, mode: str, a: Reading, b: Reading) -> Iterator[Answer]:
-    for measure in PAIRED:
-        change = difference(evidence.series(a, mode, measure), evidence.series(b, mode, measure))
-        yield Answer(question, evidence.name, mode, a.arm, b.title, measure, change)
+def answer(
+    evidence: TaskEvidence,
+    question: str,
+    mode: str,
+    reading: Reading,
+    against: str,
+    measure: str,
+    change: Estimate,
+    note: str = "",
+) -> Answer:
+    seeds = len(evidence.seeds)
+    return Answer(question, evidence.name, mode, reading.arm, reading.variant, against, measure, change, seeds, note)
 
 
-def at_equal_quality(evidence: TaskEvidence, mode: str, reading: Reading, curve: str, gain: str) -> Iterator[Answer]:
-    points = [point for point in CURVES[curve] if evidence.has_texts(point, mode)]
-    if len(points) < 2:
-        return  # greedy texts do not depend on the temperature
-    offered = best_diversity_at(
-        np.stack([evidence.series(point, mode, QUALITY) for point in points]),
-        np.stack([evidence.series(point, mode, gain) for point in points]),
-        evidence.series(reading, mode, QUALITY),
-    )
-    change = difference(evidence.series(reading, mode, gain), offered)
-    yield Answer("equal quality", evidence.name, mode, reading.arm, curve, gain, change)
+def at_equal_quality(
+    evidence: TaskEvidence, mode: str, reading: Reading, curve: str, question: str = "equal quality"
+) -> Iterator[Answer]:
+    """Of a setting of the baseline itself: against the curve without it."""
+    quality, diversity = (along(evidence, mode, curve, measure, without=reading) for measure in (QUALITY, DIVERSITY))
+    own = evidence.series(reading, mode, QUALITY)
+    offered = best_diversity_at(quality, diversity, own)
+    change = difference(evidence.series(reading, mode, DIVERSITY), offered)
+    note = ""
+    if own[0] > quality[:, 0].max():
+        note = "better than any setting"
+    elif own[0] < quality[:, 0].min():
+        note = "poorer than any setting"
+    yield answer(evidence, question, mode, reading, curve, DIVERSITY, change, note)
+
+
+def at_equal_diversity(evidence: TaskEvidence, mode: str, reading: Reading, curve: str) -> Iterator[Answer]:
+    diversity, own = along(evidence, mode, curve, DIVERSITY), evidence.series(reading, mode, DIVERSITY)
+    note = "more diverse than any setting" if own[0] > diversity[:, 0].max() else ""
+    for measure in AT_EQUAL_DIVERSITY:
+        offered = value_at_diversity(along(evidence, mode, curve, measure), diversity, own)
+        change = difference(evidence.series(reading, mode, measure), offered)
+        yield answer(evidence, "equal diversity", mode, reading, curve, measure, change, note)
+
+
+def along(
+    evidence: TaskEvidence, mode: str, curve: str, measure: str, without: Reading | None = None
+) -> np.ndarray:  # (settings, 1 + R)
+    """A measure of the baseline along its dial."""
+    points = [point for point in CURVES[curve](mode) if point != (without, mode)]
+    return np.stack([evidence.series(reading, one, measure) for reading, one in points])

@@ -18,13 +18,22 @@ from benchmarks.quality import records
 from benchmarks.quality.arms import ARMS, CROSS_ENTROPY, MAIN_ARMS, NATURAL, variants_of
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import Resamples, combine, draw
-from benchmarks.quality.metrics.corpus import Types, f1, mean, mean_of_finite, precision, ratio_of_sums, recall
+from benchmarks.quality.metrics.corpus import (
+    Types,
+    f1,
+    mean,
+    mean_of_finite,
+    missed_by_draws,
+    precision,
+    ratio_of_sums,
+    recall,
+)
 from benchmarks.quality.metrics.per_text import score_alone
 from benchmarks.quality.metrics.words import words
 from benchmarks.quality.scoring import BUCKETS
 from benchmarks.quality.tasks import TASKS
 
-RESAMPLES = 300
+RESAMPLES = 500
 PAIRS_STEP = 100  # the number of word pairs that diversity is measured on is a multiple of this
 PAIRS_SHARE = 0.75  # of those that the shortest set of texts has
 
@@ -70,6 +79,7 @@ class TextSet:
         """Every measure, (R,) each. `vocabulary` is the number of word types that could have been drawn."""
         kept, alone = self.kept, self.alone
         return {
+            "own_rouge_l": mean(kept["rouge_l"] - kept["rouge_l_others"], m),
             "rouge_l": mean(kept["rouge_l"], m),
             "chrf": mean(kept["chrf"], m),
             "cut_chrf": mean(kept["cut_chrf"], m),
@@ -164,10 +174,11 @@ class TaskEvidence:
         """What the references themselves are like."""
         kept = self.document["references"]
         scores = {name: np.array(values) for name, values in kept["scores"].items()}
-        pairs = np.array(kept["word_pairs"])
+        lengths = np.array(kept["words"])
         return {
-            "diversity": rarefied(pairs, self.pairs) / self.pairs,
-            "words": float(np.mean(kept["words"])),
+            "own_rouge_l": float(np.mean(scores["rouge_l"] - scores["rouge_l_others"])) / 1000,
+            "diversity": rarefied(np.array(kept["word_pairs"]), np.maximum(lengths - 1, 0), self.pairs),
+            "words": float(np.mean(lengths)),
             "in_source": float(scores["content_found"].sum() / scores["content"].sum()),
         }
 
@@ -176,10 +187,11 @@ class TaskEvidence:
         return TextSet(kept, self.document["references"])
 
 
-def rarefied(counts: np.ndarray, size: int) -> float:
-    """The expected number of types among `size` words drawn without replacement; counts (types,)."""
-    text = [str(kind) for kind, count in enumerate(counts) for _ in range(count)]
-    return size * float(Types([text], 1).rarefied(size, np.ones((1, 1), dtype=np.int64))[0])
+def rarefied(texts_with: np.ndarray, ngrams: np.ndarray, size: int) -> float:
+    """`Types.rarefied` of texts that are not at hand: in how many each type is (types,), and their n-grams (texts,)."""
+    texts = np.array([len(ngrams)])
+    missed = missed_by_draws(texts, size * texts / ngrams.sum())[:, 0]
+    return float((1 - missed[texts_with]).sum() / size)
 
 
 def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEvidence | None:
@@ -203,7 +215,7 @@ def load_task(folder: Path, task: str, resamples: int = RESAMPLES) -> TaskEviden
         return None
     whole = {arm for arm in ARMS if not ARMS[arm].trained or all((arm, seed) in runs for seed in seeds)}
     runs = {key: run for key, run in runs.items() if key[0] in whole}
-    evidence = TaskEvidence(document, runs, seeds, draw(document["pairs"]["held_out"], len(seeds), resamples))
+    evidence = TaskEvidence(document, runs, seeds, draw(document["held_out_groups"], len(seeds), resamples))
     fewest = min(
         evidence.text_set(reading, mode, seed).word_pairs()
         for reading in readings(evidence.arms)

@@ -67,7 +67,7 @@ def blocks(evidences: Sequence[TaskEvidence], found: Sequence[Answer]) -> dict[s
         made[f"{evidence.name} accuracy"] = lambda evidence=evidence: accuracy_table(evidence)
         for mode in ("greedy", "sampled"):
             made[f"{evidence.name} all {mode}"] = lambda evidence=evidence, mode=mode: every_measure(evidence, mode)
-        for question in ("natural", "adjusted", "equal quality", "undone"):
+        for question in ("natural", "adjusted", "equal quality", "equal diversity", "straight lines", "undone"):
             for mode in ("greedy", "sampled", ""):
                 name = f"{evidence.name} {question} {mode}".strip() + ("" if mode else " nll")
                 made[name] = lambda of_task=of_task, question=question, mode=mode: question_table(

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.quality.arms import ALPHAS
 from benchmarks.quality.intervals import estimate
-from benchmarks.quality.report.comparisons import ADJUSTED, CROSS_ENTROPY, CURVES, MODES
+from benchmarks.quality.report.comparisons import ADJUSTED, CROSS_ENTROPY, CURVES, DIVERSITY, MODES, QUALITY
 from benchmarks.quality.report.evidence import Reading, TaskEvidence
 from benchmarks.quality.scoring import BUCKETS
 from benchmarks.quality.tasks import TASKS
@@ -20,19 +20,24 @@ MARKERS = dict(zip((reading.arm for reading in OTHERS), "DsPX", strict=True))
 
 
 def plot_frontier(evidences: Sequence[TaskEvidence], path: Path, modes: Sequence[str] = MODES) -> None:
-    """Diversity against quality: to the upper right of a baseline's curve is what the baseline cannot give."""
+    """Diversity against quality: to the upper right of a baseline's curve is what the baseline cannot give.
+
+    Up is better as far as the line of the references: a person's texts are no more diverse.
+    """
     figure, axes = _axes(len(modes), len(evidences))
     for row, mode in enumerate(modes):
         for column, evidence in enumerate(evidences):
             axis = axes[row][column]
             for name, points in CURVES.items():
-                _curve(axis, evidence, mode, points, COLOURS[name], f"cross entropy, {name}", _dials(points))
-            _curve(axis, evidence, mode, [CROSS_ENTROPY, *PDL], COLOURS["PDL"], "PDL, trained", ["", *map(_dial, PDL)])
+                _curve(axis, evidence, points(mode), COLOURS[name], f"cross entropy, {name}")
+            _curve(axis, evidence, [(one, mode) for one in (CROSS_ENTROPY, *PDL)], COLOURS["PDL"], "PDL, trained")
+            people = evidence.of_references()[DIVERSITY]
+            axis.axhline(people, color="tab:green", linewidth=0.8, linestyle="--", label="the references")
             _point(axis, evidence, mode, CROSS_ENTROPY, "o", COLOURS["cross entropy"], "cross entropy")
             for reading in OTHERS:
                 _point(axis, evidence, mode, reading, MARKERS[reading.arm], "tab:gray", reading.title)
             axis.set_title(f"{TASKS[evidence.name].title}, {mode}", fontsize=10)
-            axis.set_xlabel("ROUGE-L against the reference", fontsize=8)
+            axis.set_xlabel("ROUGE-L above chance", fontsize=8)
             axis.set_ylabel(f"distinct ones of {evidence.pairs:,} word pairs", fontsize=8)
             axis.tick_params(labelsize=8)
     handles, labels = axes[-1][0].get_legend_handles_labels()
@@ -71,55 +76,42 @@ def plot_nll(evidences: Sequence[TaskEvidence], path: Path) -> None:
     _save(figure, path)
 
 
-def _curve(
-    axis: Any,
-    evidence: TaskEvidence,
-    mode: str,
-    points: Sequence[Reading],
-    colour: str,
-    label: str,
-    dials: Sequence[str],
-) -> None:
-    shown = [
-        (reading, dial)
-        for reading, dial in zip(points, dials, strict=True)
-        if reading.arm in evidence.arms and evidence.has_texts(reading, mode)
-    ]
+def _curve(axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, str]], colour: str, label: str) -> None:
+    shown = [(one, mode) for one, mode in points if one.arm in evidence.arms and evidence.has_texts(one, mode)]
     if len(shown) < 2:
         return
-    quality = [estimate(evidence.series(reading, mode, "rouge_l")) for reading, _ in shown]
-    diversity = [estimate(evidence.series(reading, mode, "diversity")) for reading, _ in shown]
-    axis.errorbar(
-        [one.value for one in quality],
-        [one.value for one in diversity],
-        xerr=[one.high - one.value for one in quality],
-        yerr=[one.high - one.value for one in diversity],
-        color=colour,
-        marker="o",
-        ms=4,
-        elinewidth=0.6,
-        label=label,
-    )
-    for (_, dial), x, y in zip(shown, quality, diversity, strict=True):
-        axis.annotate(dial, (x.value, y.value), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour)
+    at = _bars(axis, evidence, shown, color=colour, marker="o", ms=4, label=label)
+    for (reading, mode), (x, y) in zip(shown, at, strict=True):
+        dial = "greedy" if mode != points[-1][1] else _dial(reading)
+        axis.annotate(dial, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour)
 
 
 def _point(
     axis: Any, evidence: TaskEvidence, mode: str, reading: Reading, marker: str, colour: str, label: str
 ) -> None:
     if reading.arm in evidence.arms and evidence.has_texts(reading, mode):
-        x, y = (evidence.series(reading, mode, measure)[0] for measure in ("rouge_l", "diversity"))
-        axis.plot(x, y, marker=marker, color=colour, linestyle="", label=label, ms=6, zorder=5)
+        look = {"marker": marker, "color": colour, "linestyle": "", "ms": 6, "zorder": 5}
+        _bars(axis, evidence, [(reading, mode)], label=label, **look)
+
+
+def _bars(
+    axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, str]], **look: Any
+) -> list[tuple[float, float]]:
+    """Draws points with their intervals, and tells where they are."""
+    quality, diversity = (
+        [estimate(evidence.series(reading, mode, measure)) for reading, mode in points]
+        for measure in (QUALITY, DIVERSITY)
+    )
+    x, y = ([one.value for one in found] for found in (quality, diversity))
+    margins = ([one.high - one.value for one in found] for found in (quality, diversity))
+    axis.errorbar(x, y, **dict(zip(("xerr", "yerr"), margins, strict=True)), elinewidth=0.6, **look)
+    return list(zip(x, y, strict=True))
 
 
 def _dial(reading: Reading) -> str:
     """The number that a point of a curve is set to."""
     name = reading.arm if reading.arm != "cross-entropy" else reading.variant
     return name.rsplit("-", 1)[-1] if "-" in name else ""
-
-
-def _dials(points: Sequence[Reading]) -> list[str]:
-    return ["" if reading == CROSS_ENTROPY else _dial(reading) for reading in points]
 
 
 def _axes(rows: int, columns: int, height: float = 3.2) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from benchmarks.quality.report.evidence import Reading, TaskEvidence, readings
 from benchmarks.quality.scoring import BUCKETS
 
 TITLES = {
+    "own_rouge_l": "ROUGE-L above chance",
     "rouge_l": "ROUGE-L",
     "cut_rouge_l": "ROUGE-L, cut",
     "chrf": "chrF",
@@ -33,14 +34,23 @@ TITLES = {
     "ended": "ended",
     "in_source": "content words in the source",
 }
-PER_CENT = ("rouge_l", "cut_rouge_l", "rare_precision", "rare_recall", "rare_f1", "cut_rare_f1", "diversity")
+PER_CENT = (
+    "own_rouge_l",
+    "rouge_l",
+    "cut_rouge_l",
+    "rare_precision",
+    "rare_recall",
+    "rare_f1",
+    "cut_rare_f1",
+    "diversity",
+)
 PER_CENT += ("distinct_1", "distinct_2", "distinct_3", "repetition", "ended", "in_source")
-BEYOND = "better quality than any setting"  # of the baseline: its curve offers nothing to compare with
+BY_CURVE = ("equal quality", "equal diversity", "straight lines")  # questions with a column for each baseline
 WHOLE = ("unique_words",)
 TWO_PLACES = ("zipf_slope", "expectation_adjusted")
 
 
-def number(measure: str, one: Estimate, signed: bool = False) -> str:
+def number(measure: str, one: Estimate, signed: bool = False, bold: bool = True) -> str:
     """The value and half of its interval, in the measure's unit."""
     factor, places = (100, 1) if measure in PER_CENT else (1, 1)
     if measure in WHOLE:
@@ -54,7 +64,7 @@ def number(measure: str, one: Estimate, signed: bool = False) -> str:
     if math.isnan(one.low):
         return text
     text += f" ±{factor * (one.high - one.value):,.{places}f}"
-    return f"**{text}**" if signed and excludes_zero(one) else text
+    return f"**{text}**" if signed and bold and excludes_zero(one) else text
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -64,8 +74,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main_table(evidence: TaskEvidence) -> str:
     """One row for each way to train or to read: NLL, then what the sampled and the greedy texts are like."""
-    sampled = ("rouge_l", "rare_f1", "diversity", "words")
-    greedy = ("rouge_l", "rare_f1", "diversity", "repetition", "words")
+    sampled = ("own_rouge_l", "rouge_l", "rare_f1", "diversity", "words")
+    greedy = ("own_rouge_l", "rouge_l", "rare_f1", "diversity", "repetition", "words")
     if not evidence.faithful:
         extra: tuple[str, ...] = ()
     else:
@@ -116,25 +126,26 @@ def accuracy_table(evidence: TaskEvidence) -> str:
 
 
 def question_table(found: Sequence[Answer], question: str, mode: str) -> str:
-    """One row a PDL arm, one column a measure."""
+    """One row for each way to train and to read, one column a measure. Nothing is bold where there is one seed."""
     chosen = [one for one in found if (one.question, one.mode) == (question, mode)]
-    columns = list(dict.fromkeys((one.measure, one.against if question == "equal quality" else "") for one in chosen))
+    columns = list(dict.fromkeys((one.measure, one.against if question in BY_CURVE else "") for one in chosen))
     head = ["", *(column_title(measure, against) for measure, against in columns)]
     rows = []
-    for arm in dict.fromkeys(one.arm for one in chosen):
+    for title in dict.fromkeys(one.title for one in chosen):
         cells = {
-            (one.measure, one.against if question == "equal quality" else ""): cell(one)
+            (one.measure, one.against if question in BY_CURVE else ""): cell(one)
             for one in chosen
-            if one.arm == arm
+            if one.title == title
         }
-        rows.append([ARMS[arm].title, *(cells.get(column, "") for column in columns)])
+        rows.append([title, *(cells.get(column, "") for column in columns)])
     return markdown(head, rows)
 
 
 def cell(answer: Answer) -> str:
-    if answer.question == "equal quality" and math.isnan(answer.estimate.value):
-        return BEYOND
-    return number(answer.measure, answer.estimate, signed=True)
+    if math.isnan(answer.estimate.value):
+        return answer.note or "n/a"
+    text = number(answer.measure, answer.estimate, signed=True, bold=answer.seeds > 1)
+    return f"{text} ({answer.note})" if answer.note else text
 
 
 def column_title(measure: str, against: str) -> str:

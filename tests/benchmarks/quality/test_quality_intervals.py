@@ -6,13 +6,21 @@ import numpy as np
 import pytest
 
 from benchmarks.quality import intervals
-from benchmarks.quality.intervals import Estimate, best_diversity_at, combine, cut_to_shorter, draw, estimate
+from benchmarks.quality.intervals import (
+    Estimate,
+    best_diversity_at,
+    combine,
+    cut_to_shorter,
+    draw,
+    estimate,
+    value_at_diversity,
+)
 from benchmarks.quality.metrics import corpus
 from benchmarks.quality.metrics.words import words
 
 
 def test_draws():
-    drawn = draw(prompts=20, seeds=3, resamples=400)
+    drawn = draw(range(20), seeds=3, resamples=400)
     assert drawn.prompts.shape == (401, 20)
     assert drawn.seeds.shape == (401, 3)
     assert drawn.prompts.dtype == drawn.seeds.dtype == np.int64
@@ -22,10 +30,21 @@ def test_draws():
     assert (drawn.seeds.sum(axis=1) == 3).all()
     assert drawn.prompts[1:].mean(axis=0) == pytest.approx([1] * 20, abs=0.25)  # 5 standard errors
     assert drawn.seeds[1:].var() == pytest.approx(2 / 3, abs=0.1)  # binomial(3, 1/3)
-    np.testing.assert_array_equal(draw(20, 3, 400).prompts, drawn.prompts)
-    assert (draw(20, 3, 400, seed=1).prompts != drawn.prompts).any()
+    np.testing.assert_array_equal(draw(range(20), 3, 400).prompts, drawn.prompts)
+    assert (draw(range(20), 3, 400, seed=1).prompts != drawn.prompts).any()
     with pytest.raises(ValueError, match="seeds is 0"):
-        draw(prompts=1, seeds=0)
+        draw([0], seeds=0)
+    with pytest.raises(ValueError, match="groups is 0"):
+        draw([], seeds=1)
+
+
+def test_prompts_of_a_group_are_drawn_together():
+    prompts = draw([0, 1, 0, 2, 1, 0], seeds=1, resamples=300).prompts
+    assert (prompts[0] == 1).all()
+    for group in ([0, 2, 5], [1, 4]):
+        assert (prompts[:, group] == prompts[:, group[:1]]).all()
+    assert (prompts[:, [0, 1, 3]].sum(axis=1) == 3).all(), "as many groups as there are"
+    assert len(set(prompts.sum(axis=1).tolist())) > 1
 
 
 def test_combine_weighs_seeds_by_multiplicity():
@@ -67,11 +86,13 @@ def mean_series(values, resamples):
     return combine(np.array([corpus.mean(row, resamples.prompts) for row in values]), resamples)
 
 
-def coverage(make, truth, repetitions=200):
+def coverage(make, truth, repetitions=200, groups=None):
     inside = 0
     for repetition in range(repetitions):
         values = make(np.random.default_rng(repetition))
-        got = estimate(mean_series(values, draw(values.shape[1], values.shape[0], 200, seed=repetition)))
+        got = estimate(
+            mean_series(values, draw(groups or range(values.shape[1]), values.shape[0], 200, seed=repetition))
+        )
         inside += got.low <= truth <= got.high
     return inside / repetitions
 
@@ -81,6 +102,15 @@ def test_intervals_contain_the_mean_of_skewed_prompts():
         return np.repeat(random.exponential(2.0, size=(1, 100)), 3, axis=0)
 
     assert coverage(make, 2.0) == pytest.approx(0.95, abs=0.04)
+
+
+def test_intervals_contain_the_mean_of_prompts_that_resemble_others_of_their_group():
+    def make(random):  # 50 groups of 5
+        return np.repeat(random.exponential(2.0, size=50), 5) + random.normal(0.0, 0.3, size=(1, 250))
+
+    groups = [place // 5 for place in range(250)]
+    assert coverage(make, 2.0, groups=groups) == pytest.approx(0.95, abs=0.05)
+    assert coverage(make, 2.0) < 0.75, "prompts drawn one by one claim too much"
 
 
 def test_intervals_contain_the_mean_of_many_seeds():
@@ -98,12 +128,12 @@ def test_differences_are_paired():
     random = np.random.default_rng(0)
     hard = random.normal(0, 10, size=(1, 200))  # of the prompts, for both arms
     a, b = hard + random.normal(0.5, 1, size=(3, 200)), hard + random.normal(0.0, 1, size=(3, 200))
-    resamples = draw(prompts=200, seeds=3)
+    resamples = draw(range(200), seeds=3)
     series_a, series_b = mean_series(a, resamples), mean_series(b, resamples)
     paired = intervals.difference(series_a, series_b)
     assert paired.value == pytest.approx(np.mean(a - b))
     assert intervals.excludes_zero(paired)
-    other = mean_series(b, draw(prompts=200, seeds=3, seed=1))
+    other = mean_series(b, draw(range(200), seeds=3, seed=1))
     assert not intervals.excludes_zero(intervals.difference(series_a, other))
 
 
@@ -115,7 +145,7 @@ def best(quality, diversity, *at):
 
 def test_a_falling_curve():
     got = best([4, 3, 1], [10, 20, 40], 4.1, 4, 3.5, 3, 2, 1, 0)
-    np.testing.assert_allclose(got, [math.nan, 10, 15, 20, 30, 40, 40])
+    np.testing.assert_allclose(got, [10, 10, 15, 20, 30, 40, math.nan])  # nothing beyond the last setting is known
 
 
 def test_quality_that_rises_before_it_falls():
@@ -131,19 +161,38 @@ def test_diversity_that_falls_again():
 
 
 def test_settings_of_equal_quality_and_a_single_setting():
-    np.testing.assert_allclose(best([2, 2], [10, 20], 2, 3), [20, math.nan])
-    np.testing.assert_allclose(best([2], [10], 1, 2, 3), [10, 10, math.nan])
+    np.testing.assert_allclose(best([2, 2], [10, 20], 1, 2, 3), [math.nan, 20, 20])
+    np.testing.assert_allclose(best([2], [10], 1, 2, 3), [math.nan, 10, 10])
 
 
 def test_settings_and_qualities_without_a_value():
     np.testing.assert_allclose(best([4, math.nan, 1], [10, 20, 40], 3), [10])
     np.testing.assert_allclose(best([4, 3, 1], [10, math.nan, 40], 2), [10])
+    np.testing.assert_allclose(best([3, 4, 1], [10, math.nan, 40], 3.5), [10])  # what has no diversity is no best
+    np.testing.assert_allclose(best([3, 2, 1], [10, 20, math.nan], 1.5), [math.nan])  # nor a poorest
     assert np.isnan(best([4, 3], [10, 20], math.nan)).all()
 
 
 def test_each_resample_has_its_own_curve():
     quality, diversity = np.array([[4.0, 2.0], [2.0, 1.0]]), np.array([[10.0, 1.0], [20.0, 3.0]])
     np.testing.assert_allclose(best_diversity_at(quality, diversity, np.array([3.0, 1.75])), [15, 1.5])
+
+
+def value(values, diversity, *at):
+    columns = (np.repeat(np.array(curve, dtype=float)[:, None], len(at), axis=1) for curve in (values, diversity))
+    return value_at_diversity(*columns, at=np.array(at, dtype=float))
+
+
+def test_a_dial_turned_until_the_diversity_is_equal():
+    got = value([4, 3, 1], [10, 20, 40], 5, 10, 15, 20, 30, 40, 41)
+    np.testing.assert_allclose(got, [4, 4, 3.5, 3, 2, 1, math.nan])
+    np.testing.assert_allclose(value([4, 3, 1], [10, 30, 20], 15, 25, 30, 31), [3.75, 3.25, 3, math.nan])
+    np.testing.assert_allclose(value([4, 3, 2], [10, 10, 20], 10, 15), [4, 2.5])
+    each = value_at_diversity(
+        np.array([[4.0, 1.0], [2.0, 5.0]]), np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([2.0, 3])
+    )
+    np.testing.assert_allclose(each, [3, 3])
+    assert np.isnan(value([4, 3], [10, 20], math.nan)).all()
 
 
 def test_cut_to_shorter():

@@ -221,17 +221,24 @@ def test_corpus_scores_are_those_of_repeated_texts(monkeypatch, m, n, chunk):
     with np.errstate(invalid="ignore"):
         np.testing.assert_allclose(types.distinct(m), unique / total)
         np.testing.assert_allclose(types.expectation_adjusted(30, m), unique / (30 * (1 - (29 / 30) ** total)))
-    np.testing.assert_allclose(types.rarefied(5, m), [rarefied(counter, 5) for counter in counters], rtol=1e-11)
+    expected = [rarefied([counts_of([text], n) for text in texts], 5) for texts in repeated(m)]
+    np.testing.assert_allclose(types.rarefied(5, m), expected, rtol=1e-11)
     np.testing.assert_allclose(types.zipf_slope(m), [zipf(counter, 1000) for counter in counters], atol=1e-12)
     np.testing.assert_allclose(types.zipf_slope(m, 4), [zipf(counter, 4) for counter in counters], atol=1e-12)
 
 
-def rarefied(counter, size):
-    """By exact binomials."""
-    N = counter.total()
+def rarefied(counters, size):
+    """Of texts with these n-grams, by the Gamma function of the texts that are left."""
+    T, N = len(counters), sum(counter.total() for counter in counters)
     if size > N:
         return math.nan
-    return sum(1 - math.comb(N - count, size) / math.comb(N, size) for count in counter.values()) / size
+    k = size * T / N
+
+    def choose(n):
+        return math.gamma(n + 1) / math.gamma(k + 1) / math.gamma(n - k + 1) if n >= k else 0.0
+
+    types = Counter(ngram for counter in counters for ngram in counter)  # in how many texts each is
+    return sum(1 - choose(T - t) / choose(T) for t in types.values()) / size
 
 
 def zipf(counter, ranks):
@@ -243,24 +250,30 @@ def zipf(counter, ranks):
 
 def test_rarefaction_by_hand():
     one = np.ones((1, 2), dtype=np.int64)
-    types = Types([["a", "a"], ["a", "b"]], 1)  # of 4 words, 2 are drawn: b is among them half the time, a always
+    types = Types([["a", "a"], ["a", "b"]], 1)  # of 2 texts with 4 words, 1 is drawn: b is there half the time
     assert types.rarefied(2, one) == pytest.approx(1.5 / 2)
-    assert types.rarefied(1, one) == pytest.approx(1)
-    assert types.rarefied(4, one) == pytest.approx(types.distinct(one))  # all words are drawn
+    assert types.rarefied(4, one) == pytest.approx(types.distinct(one))  # all texts are drawn
     assert np.isnan(types.rarefied(5, one))
     with pytest.raises(ValueError, match="size is 0"):
         types.rarefied(0, one)
 
 
-def test_rarefaction_is_the_average_over_draws():
+def test_rarefaction_is_the_average_over_draws_of_texts():
     random = np.random.default_rng(0)
     texts = [[f"w{number}" for number in random.zipf(1.5, 20) % 50] for _ in range(10)]
-    every_word = np.concatenate(texts)
-    draws = [len(set(random.choice(every_word, 60, replace=False))) / 60 for _ in range(2000)]
+    draws = []
+    for _ in range(2000):
+        chosen = random.choice(10, 3, replace=False)
+        draws.append(len({word for text in chosen for word in texts[text]}) / 60)
     error = np.std(draws) / math.sqrt(len(draws))
-    assert Types(texts, 1).rarefied(60, np.ones((1, 10), dtype=np.int64)) == pytest.approx(
-        np.mean(draws), abs=4 * error
-    )
+    whole = Types(texts, 1).rarefied(60, np.ones((1, 10), dtype=np.int64))
+    assert whole == pytest.approx(np.mean(draws), abs=4 * error)
+
+
+def test_a_text_that_repeats_itself_looks_no_more_diverse_among_many():
+    """One by one, of 3,000 words few repeat; a text has its repetitions together."""
+    loops = Types([[f"w{text}"] * 30 for text in range(100)], 1)
+    assert loops.rarefied(300, np.ones((1, 100), dtype=np.int64)) == pytest.approx(10 / 300)
 
 
 def test_expectation_adjusted_is_1_for_uniform_words():
@@ -299,6 +312,15 @@ def test_equal_texts_and_no_words_at_all():
     ):
         assert values.shape == (2,)
         assert np.isnan(values).all()
+
+
+def test_rouge_l_against_the_references_of_others():
+    texts, references = ["a b", "c d", "e f"], ["a b", "a x", "c d"]
+    scores = per_text.rouge_l_of_others(texts, references, ["g", "h", "i"])
+    assert scores == pytest.approx([(0.5 + 0) / 2, (1 + 0) / 2, 0])
+    assert per_text.rouge_l_of_others(texts, references, ["g", "g", "i"]) == pytest.approx([0, 1, 0])
+    assert per_text.rouge_l_of_others(texts, references, ["g", "h", "i"], others=1) == pytest.approx([0.5, 1, 0])
+    assert per_text.rouge_l_of_others(texts, references, ["g"] * 3).tolist() == [0, 0, 0]
 
 
 def test_other_prompts_than_the_texts():

@@ -15,10 +15,19 @@ from helpers.quality_records import SETTINGS, write_records  # noqa: E402
 from benchmarks.quality import records  # noqa: E402
 from benchmarks.quality.arms import ARMS  # noqa: E402
 from benchmarks.quality.errors import UserError  # noqa: E402
-from benchmarks.quality.intervals import Estimate  # noqa: E402
+from benchmarks.quality.intervals import Estimate, best_diversity_at  # noqa: E402
+from benchmarks.quality.metrics.corpus import Types  # noqa: E402
 from benchmarks.quality.metrics.words import ngrams, words  # noqa: E402
 from benchmarks.quality.report import page, tables  # noqa: E402
-from benchmarks.quality.report.comparisons import CROSS_ENTROPY, answers  # noqa: E402
+from benchmarks.quality.report.comparisons import (  # noqa: E402
+    CROSS_ENTROPY,
+    CURVES,
+    Answer,
+    answers,
+    at_equal_diversity,
+    at_equal_quality,
+    heated,
+)
 from benchmarks.quality.report.evidence import Reading, load_task, rarefied  # noqa: E402
 
 PDL = Reading("pdl-0.4")
@@ -78,9 +87,13 @@ class TestSeries:
         assert fewest / 2 < evidence.pairs <= fewest
 
     def test_rarefied_references(self):
-        # Of the pairs a a b, two are drawn: {a, a} has one type, {a, b} (twice as likely) two.
-        assert rarefied(np.array([2, 1]), 2) == pytest.approx((1 + 2 + 2) / 3)
-        assert rarefied(np.array([2, 1]), 3) == pytest.approx(2)
+        # Of two texts with two words each, a a and a b, one is drawn: it has one or two types.
+        assert rarefied(np.array([2, 1]), np.array([2, 2]), 2) == pytest.approx(1.5 / 2)
+        texts = [["a", "b", "a"], ["b", "c"], ["d", "a", "c", "e"]]
+        types = Types(texts, 1)
+        for size in (3, 5, 9):
+            expected = types.rarefied(size, np.ones((1, 3), dtype=np.int64))[0]
+            assert rarefied(np.array([2, 2, 2, 1, 1]), np.array([3, 2, 4]), size) == pytest.approx(expected)
 
     def test_seeds_that_an_arm_lacks_are_left_out(self, tmp_path):
         write_records(tmp_path, tasks=("style",), arms=("untouched", "cross-entropy", "pdl-1"))
@@ -126,11 +139,71 @@ class TestQuestions:
         assert [one.measure for one in found] == ["nll all", "nll frequent", "nll medium", "nll rare"]
         assert found[-1].estimate.value == pytest.approx(change[0])
 
-    def test_greedy_texts_have_no_temperature(self, evidence):
-        curves = {(one.mode, one.against) for one in answers(evidence) if one.question == "equal quality"}
-        assert curves == {
-            ("greedy", "adjusted logits"), ("sampled", "adjusted logits"), ("sampled", "temperature"),
-        }  # fmt: skip
+    def test_curves_and_who_is_held_against_them(self, evidence):
+        for question in ("equal quality", "equal diversity"):
+            found = [one for one in answers(evidence) if one.question == question]
+            assert {(one.mode, one.against) for one in found} == {
+                (mode, curve) for mode in ("greedy", "sampled") for curve in ("adjusted logits", "temperature")
+            }
+            halves = {("pdl-0.4", "half-undone"), ("pdl-1", "half-undone")}
+            arms = {(arm, "natural") for arm in ARMS if arm.startswith("pdl-")}
+            assert {(one.arm, one.variant) for one in found} == arms | halves
+
+    def test_inner_settings_are_held_against_the_line_between_the_others(self, evidence):
+        found = {(one.mode, one.against, one.variant) for one in answers(evidence) if one.question == "straight lines"}
+        adjusted = [f"adjusted-{tau}" for tau in (0.25, 0.4, 0.75)]
+        assert found == {
+            *((mode, "adjusted logits", variant) for mode in ("greedy", "sampled") for variant in adjusted),
+            *(
+                ("sampled", "temperature", variant)
+                for variant in ("natural", *(f"temperature-{t}" for t in (0.7, 1.15, 1.3)))
+            ),
+        }
+
+    def test_the_temperature_begins_with_greedy_texts(self):
+        sampled = ["temperature-0.7", "natural", "temperature-1.15", "temperature-1.3", "temperature-1.6"]
+        expected = [("natural", "greedy"), *((variant, "sampled") for variant in sampled)]
+        for mode in ("greedy", "sampled"):
+            assert [(reading.variant, one) for reading, one in heated(mode)] == expected
+
+    def test_a_setting_of_the_baseline_is_held_against_the_others_and_at_its_diversity_is_itself(self, evidence):
+        for mode, variant, curve in (
+            ("sampled", "temperature-1.15", "temperature"),
+            ("greedy", "adjusted-0.25", "adjusted logits"),
+        ):
+            own = Reading("cross-entropy", variant)
+            (gain,) = at_equal_quality(evidence, mode, own, curve)
+            others = [point for point in CURVES[curve](mode) if point != (own, mode)]
+            series = (
+                [evidence.series(*point, measure) for point in others] for measure in ("own_rouge_l", "diversity")
+            )
+            line = best_diversity_at(*map(np.stack, series), evidence.series(own, mode, "own_rouge_l"))
+            change = evidence.series(own, mode, "diversity") - line
+            assert gain.estimate.value == pytest.approx(change[0], nan_ok=True)
+            quality, f1 = at_equal_diversity(evidence, mode, own, curve)
+            assert (quality.measure, f1.measure) == ("own_rouge_l", "rare_f1")
+            assert (quality.estimate.value, f1.estimate.value) == pytest.approx((0, 0))
+
+    def test_what_is_beyond_a_curve_is_noted(self, monkeypatch, evidence):
+        series = {"own_rouge_l": 0.0, "diversity": 0.0, "rare_f1": 0.0}
+
+        def made_up(self, reading, mode, measure):
+            if reading.arm == "pdl-1":
+                return np.full(4, series[measure])
+            return np.full(4, 1.0 if reading.variant == "natural" else 2.0)
+
+        monkeypatch.setattr(type(evidence), "series", made_up)
+        pdl = Reading("pdl-1")
+        for quality, note, value in ((3.0, "better than any setting", 3.0), (0.5, "poorer than any setting", None)):
+            series["own_rouge_l"], series["diversity"] = quality, 5.0
+            (gain,) = at_equal_quality(evidence, "sampled", pdl, "adjusted logits")
+            assert gain.note == note
+            assert gain.estimate.value == value if value else np.isnan(gain.estimate.value)
+            both = at_equal_diversity(evidence, "sampled", pdl, "adjusted logits")
+            assert {one.note for one in both} == {"more diverse than any setting"}
+        series["own_rouge_l"], series["diversity"] = 1.5, 1.5
+        (gain,) = at_equal_quality(evidence, "sampled", pdl, "adjusted logits")
+        assert (gain.note, gain.estimate.value) == ("", pytest.approx(-0.5))
 
 
 class TestTables:
@@ -140,13 +213,24 @@ class TestTables:
         assert tables.number("nll rare", Estimate(0.5, -0.1, 1.1), signed=True) == "+0.50 ±0.60"
         assert tables.number("words", Estimate(float("nan"), 0, 0)) == "n/a"
 
+    def test_cells_say_what_the_number_alone_would_hide(self):
+        def cell(value, seeds=3, note=""):
+            one = Estimate(value, value - 0.01, value + 0.01)
+            return tables.cell(Answer("", "", "", "pdl-1", "natural", "", "diversity", one, seeds, note))
+
+        assert cell(0.05) == "**+5.0 ±1.0**"
+        assert cell(0.05, seeds=1) == "+5.0 ±1.0"
+        assert cell(0.05, note="better than any setting") == "**+5.0 ±1.0** (better than any setting)"
+        assert cell(float("nan"), note="poorer than any setting") == "poorer than any setting"
+        assert cell(float("nan")) == "n/a"
+
     def test_a_table_has_every_reading_and_fits_its_head(self, evidence):
         rows = tables.main_table(evidence).splitlines()
         assert len({row.count("|") for row in rows}) == 1
         titles = [row.split("|")[1].strip() for row in rows]
         assert "cross entropy, logits adjusted by 0.75" in titles
         assert "PDL alpha 1, shift half undone" in titles
-        assert len(rows) == 3 + 6 + len(ARMS) + 2 * 5  # head, references; baselines; arms; shifts of five arms
+        assert len(rows) == 3 + 9 + len(ARMS) + 2 * 5  # head, references; baselines; arms; shifts of five arms
 
     def test_content_words_in_the_source_only_where_that_means_something(self, folder, evidence):
         assert "content words in the source" not in tables.main_table(evidence)
