@@ -176,7 +176,6 @@ class TaskEvidence:
         scores = {name: np.array(values) for name, values in kept["scores"].items()}
         lengths = np.array(kept["words"])
         return {
-            "own_rouge_l": float(np.mean(scores["rouge_l"] - scores["rouge_l_others"])) / 1000,
             "diversity": rarefied(np.array(kept["word_pairs"]), np.maximum(lengths - 1, 0), self.pairs),
             "words": float(np.mean(lengths)),
             "in_source": float(scores["content_found"].sum() / scores["content"].sum()),
