@@ -71,6 +71,19 @@ class TestSeries:
         assert evidence.series(PDL, "sampled", "distinct_2")[0] == pytest.approx(np.mean(distinct))
         assert evidence.series(PDL, "sampled", "rare_f1")[0] == pytest.approx(np.mean(f1))
 
+    def test_quality_is_what_a_text_scores_more_with_its_own_reference(self, folder, evidence):
+        expected = []
+        for run in runs_of(folder, "pdl-0.4"):
+            scores = run["texts"]["natural greedy"]["scores"]
+            expected.append((np.mean(scores["rouge_l"]) - np.mean(scores["rouge_l_others"])) / 1000)
+        assert evidence.series(PDL, "greedy", "own_rouge_l")[0] == pytest.approx(np.mean(expected))
+
+    def test_prompts_of_a_group_are_resampled_together(self, evidence):
+        groups, prompts = evidence.document["held_out_groups"], evidence.resamples.prompts
+        assert groups[:4] == [0, 0, 1, 1]
+        assert (prompts[:, 0] == prompts[:, 1]).all()
+        assert (prompts[:, 1] != prompts[:, 2]).any()
+
     def test_one_seed_of_the_untouched_model_stands_for_all(self, folder, evidence):
         kept = records.read(records.record_path(folder, "dialogue", "untouched", 0))["texts"]["natural greedy"]
         expected = np.mean(kept["scores"]["rouge_l"]) / 1000
@@ -94,6 +107,13 @@ class TestSeries:
         for size in (3, 5, 9):
             expected = types.rarefied(size, np.ones((1, 3), dtype=np.int64))[0]
             assert rarefied(np.array([2, 2, 2, 1, 1]), np.array([3, 2, 4]), size) == pytest.approx(expected)
+
+    def test_diversity_of_the_references(self, evidence):
+        texts = [["a", "b", "c"], ["a", "b"], [], ["d"]]
+        references = evidence.document["references"] | {"words": [3, 2, 0, 1], "word_pairs": [2, 1]}
+        made_up = replace(evidence, document=evidence.document | {"references": references}, pairs=2)
+        expected = Types(texts, 2).rarefied(2, np.ones((1, 4), dtype=np.int64))[0]
+        assert made_up.of_references()["diversity"] == pytest.approx(expected)
 
     def test_seeds_that_an_arm_lacks_are_left_out(self, tmp_path):
         write_records(tmp_path, tasks=("style",), arms=("untouched", "cross-entropy", "pdl-1"))
@@ -212,6 +232,13 @@ class TestTables:
         assert tables.number("nll", Estimate(-0.5, -0.6, -0.4), signed=True) == "**\N{MINUS SIGN}0.50 ±0.10**"
         assert tables.number("nll rare", Estimate(0.5, -0.1, 1.1), signed=True) == "+0.50 ±0.60"
         assert tables.number("words", Estimate(float("nan"), 0, 0)) == "n/a"
+
+    def test_each_baseline_has_a_column_where_curves_are_compared(self, evidence):
+        found = list(answers(evidence))
+        head = tables.question_table(found, "equal quality", "sampled").splitlines()[0]
+        assert head == "|  | distinct pairs, against adjusted logits | distinct pairs, against temperature |"
+        head = tables.question_table(found, "natural", "sampled").splitlines()[0]
+        assert head.startswith("|  | distinct pairs | ROUGE-L above chance | ROUGE-L |")
 
     def test_cells_say_what_the_number_alone_would_hide(self):
         def cell(value, seeds=3, note=""):
