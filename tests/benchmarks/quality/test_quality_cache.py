@@ -196,10 +196,10 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (lzma.compress(b'{"schema": "pdl-kernels quality", "version": 99}'), "expected pdl-kernels quality 1"),
-        (lzma.compress(b'{"version": 1}'), "expected pdl-kernels quality 1"),
+        (lzma.compress(b'{"schema": "pdl-kernels quality", "version": 1}'), "expected pdl-kernels quality 2"),
+        (lzma.compress(b'{"version": 2}'), "expected pdl-kernels quality 2"),
         (lzma.compress(b'{"schema": "pdl'), "cannot be read: "),
-        (lzma.compress(b'{"schema": "pdl-kernels quality", "version": 1}')[:-20], "cannot be read: "),
+        (lzma.compress(b'{"schema": "pdl-kernels quality", "version": 2}')[:-20], "cannot be read: "),
         (b"not compressed", "cannot be read: "),
     ],
 )
