@@ -166,9 +166,11 @@ except KeyboardInterrupt:
     open('{results}/found.json', 'w').write('1')
     print('last words')
 """
-    session, found, said = run_stages(tmp_path, PREPARE, stage("speaks", speaks, seconds=6))
-    assert found["speaks"] == ("failed", "it did not end within 6 s")
-    assert session.records[1]["seconds"] < 6, "it ended by itself"
+    session, found, said = run_stages(
+        tmp_path, PREPARE, stage("speaks", speaks, seconds=12)
+    )  # Python starts slowly on a busy machine
+    assert found["speaks"] == ("failed", "it did not end within 12 s")
+    assert session.records[1]["seconds"] < 12, "it ended by itself"
     assert "    | last words" in said
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert "benchmarks/results/unknown/found.json" in archive.getnames()

@@ -69,7 +69,8 @@ if first():
         print(f"step {line}", end="\\r" if line % 2 else "\\n\\n")
     print("error: the disk is full", file=sys.stderr)
     sys.exit(2)
-while not os.path.exists(place + "/told"):
+end = time.monotonic() + 20
+while not os.path.exists(place + "/told") and time.monotonic() < end:
     time.sleep(0.01)
 open(place + "/went on", "w").close()
 """
@@ -181,6 +182,7 @@ def test_the_processes_end_when_the_program_is_told_to(run_script, monkeypatch, 
     def watch(*arguments):
         with pytest.raises(KeyboardInterrupt):
             stand_in(*arguments)
+        assert signal.getsignal(number) != signal.SIG_DFL, "it would end the tests"
         os.kill(os.getpid(), number)
         time.sleep(20)
 
