@@ -16,6 +16,7 @@ from benchmarks.quality.tasks import TASKS
 PDL = [Reading(f"pdl-{alpha:g}") for alpha in ALPHAS]
 OTHERS = [Reading("pdl-paper"), Reading("inverse-square-root"), Reading("focal"), Reading("untouched")]
 COLOURS = {"cross entropy": "black", "adjusted logits": "tab:blue", "temperature": "tab:orange", "PDL": "tab:red"}
+LABELS_AT = {"adjusted logits": (4, 4, "left"), "temperature": (-4, -10, "right"), "PDL": (-4, 4, "right")}  # points
 MARKERS = dict(zip((reading.arm for reading in OTHERS), "DsPX", strict=True))
 
 
@@ -29,16 +30,16 @@ def plot_frontier(evidences: Sequence[TaskEvidence], path: Path, modes: Sequence
         for column, evidence in enumerate(evidences):
             axis = axes[row][column]
             for name, points in CURVES.items():
-                _curve(axis, evidence, points(mode), COLOURS[name], f"cross entropy, {name}")
-            _curve(axis, evidence, [(one, mode) for one in (CROSS_ENTROPY, *PDL)], COLOURS["PDL"], "PDL, trained")
+                _curve(axis, evidence, points(mode), name, f"cross entropy, {name}")
+            _curve(axis, evidence, [(one, mode) for one in (CROSS_ENTROPY, *PDL)], "PDL", "PDL, trained")
             people = evidence.of_references()[DIVERSITY]
-            axis.axhline(people, color="tab:green", linewidth=0.8, linestyle="--", label="the references")
+            axis.axhline(100 * people, color="tab:green", linewidth=0.8, linestyle="--", label="the references")
             _point(axis, evidence, mode, CROSS_ENTROPY, "o", COLOURS["cross entropy"], "cross entropy")
             for reading in OTHERS:
                 _point(axis, evidence, mode, reading, MARKERS[reading.arm], "tab:gray", reading.title)
             axis.set_title(f"{TASKS[evidence.name].title}, {mode}", fontsize=10)
-            axis.set_xlabel("ROUGE-L above chance", fontsize=8)
-            axis.set_ylabel(f"distinct ones of {evidence.pairs:,} word pairs", fontsize=8)
+            axis.set_xlabel("ROUGE-L above chance, %", fontsize=8)
+            axis.set_ylabel(f"distinct ones of {evidence.pairs:,} word pairs, %", fontsize=8)
             axis.tick_params(labelsize=8)
     handles, labels = axes[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
@@ -76,14 +77,19 @@ def plot_nll(evidences: Sequence[TaskEvidence], path: Path) -> None:
     _save(figure, path)
 
 
-def _curve(axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, str]], colour: str, label: str) -> None:
+def _curve(axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, str]], name: str, label: str) -> None:
+    from matplotlib import patheffects
+
     shown = [(one, mode) for one, mode in points if one.arm in evidence.arms and evidence.has_texts(one, mode)]
     if len(shown) < 2:
         return
-    at = _bars(axis, evidence, shown, color=colour, marker="o", ms=4, label=label)
-    for (reading, mode), (x, y) in zip(shown, at, strict=True):
+    at = _bars(axis, evidence, shown, color=COLOURS[name], marker="o", ms=4, label=label)
+    right, up, side = LABELS_AT[name]
+    look = {"ha": side, "fontsize": 7, "color": COLOURS[name], "zorder": 6}
+    outline = [patheffects.withStroke(linewidth=2, foreground="white")]
+    for (reading, mode), place in zip(shown, at, strict=True):
         dial = "greedy" if mode != points[-1][1] else _dial(reading)
-        axis.annotate(dial, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour)
+        axis.annotate(dial, place, (right, up), textcoords="offset points", path_effects=outline, **look)
 
 
 def _point(
@@ -97,14 +103,14 @@ def _point(
 def _bars(
     axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, str]], **look: Any
 ) -> list[tuple[float, float]]:
-    """Draws points with their intervals, and tells where they are."""
+    """Draws points with their intervals, in percent as in the tables, and tells where they are."""
     quality, diversity = (
-        [estimate(evidence.series(reading, mode, measure)) for reading, mode in points]
+        [estimate(100 * evidence.series(reading, mode, measure)) for reading, mode in points]
         for measure in (QUALITY, DIVERSITY)
     )
     x, y = ([one.value for one in found] for found in (quality, diversity))
     margins = ([one.high - one.value for one in found] for found in (quality, diversity))
-    axis.errorbar(x, y, **dict(zip(("xerr", "yerr"), margins, strict=True)), elinewidth=0.6, **look)
+    axis.errorbar(x, y, **dict(zip(("xerr", "yerr"), margins, strict=True)), elinewidth=0.4, **look)
     return list(zip(x, y, strict=True))
 
 
@@ -114,7 +120,7 @@ def _dial(reading: Reading) -> str:
     return name.rsplit("-", 1)[-1] if "-" in name else ""
 
 
-def _axes(rows: int, columns: int, height: float = 3.2) -> tuple[Any, Any]:
+def _axes(rows: int, columns: int, height: float = 4) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
