@@ -18,7 +18,7 @@ from benchmarks.quality.errors import UserError  # noqa: E402
 from benchmarks.quality.intervals import Estimate, best_diversity_at  # noqa: E402
 from benchmarks.quality.metrics.corpus import Types  # noqa: E402
 from benchmarks.quality.metrics.words import ngrams, words  # noqa: E402
-from benchmarks.quality.report import page, tables  # noqa: E402
+from benchmarks.quality.report import page, plots, tables  # noqa: E402
 from benchmarks.quality.report.comparisons import (  # noqa: E402
     CROSS_ENTROPY,
     CURVES,
@@ -277,6 +277,23 @@ class TestTables:
         made_up = SimpleNamespace(name="dialogue", seeds=[0], runs={("focal", 0): {"learning_rate": search}})
         *_, row = tables.learning_rates([made_up]).strip().splitlines()
         assert row == f"| focal loss, gamma 2 | {cell} |"
+
+
+class TestPlots:
+    def test_the_frontier_is_where_the_tables_say(self, evidence, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+        plots.plot_frontier([evidence], tmp_path / "unused.png", modes=("sampled",))
+        (axis,) = drawn[0].axes
+        marks = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        for label, reading in (("cross entropy", CROSS_ENTROPY), ("untouched", Reading("untouched"))):
+            at = [100 * evidence.series(reading, "sampled", measure)[0] for measure in ("own_rouge_l", "diversity")]
+            assert marks[label].lines[0].get_xydata()[0] == pytest.approx(at)
+        references = 100 * evidence.of_references()["diversity"]
+        assert marks["the references"].get_ydata()[0] == pytest.approx(references)
+        labels = {(text.get_text(), text.get_color()) for text in axis.texts}
+        for name, dial in (("temperature", "1.6"), ("adjusted logits", "0.4"), ("PDL", "0.4")):
+            assert (dial, plots.COLOURS[name]) in labels
 
 
 class TestPage:
