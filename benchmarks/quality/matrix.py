@@ -112,7 +112,6 @@ class Experiment:
         document = self.cache.load(f"{prepared.task.name}/pairs.json")
         counts = prepared.counts.counts
         held_out = prepared.pairs["held_out"]
-        references = [pair.reference for pair in held_out]
         return {
             "task": prepared.task.name,
             "settings": self.settings.facts(),
@@ -128,11 +127,7 @@ class Experiment:
             "mean_reference_tokens": mean(len(one.targets) for one in prepared.states["held_out"].encoded),
             "held_out_digest": prepared.digest(),
             "common_words": sorted(prepared.common_words),
-            "references": {
-                "scores": scores_against_references(references, held_out, prepared.common_words),
-                "words": [len(words(reference)) for reference in references],
-                "word_pairs": texts_with(references),
-            },
+            "references": describe_references(held_out, prepared.common_words),
             "held_out_groups": numbered([pair.group for pair in held_out]),
             "samples": [{"prompt": list(pair.turns), "reference": pair.reference} for pair in held_out[:SAMPLES]],
             "seconds": self.cache.load(f"{prepared.task.name}/seconds.json"),
@@ -320,6 +315,16 @@ def give_memory_back() -> None:
     """What malloc keeps of the caches of all layers grows to gigabytes; another process needs it."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # glibc has it
+
+
+def describe_references(held_out: Sequence[Pair], common_words: frozenset[str]) -> dict[str, Any]:
+    """The references scored as if they had been written, and what else the report needs of them."""
+    references = [pair.reference for pair in held_out]
+    return {
+        "scores": scores_against_references(references, held_out, common_words),
+        "words": [len(words(reference)) for reference in references],
+        "word_pairs": texts_with(references),
+    }
 
 
 def texts_with(texts: Sequence[str]) -> list[int]:

