@@ -3,15 +3,13 @@
 A resample is given by *multiplicities*: m, (R, P) int64, says how often each of P prompts is in each of R resamples.
 All ones is the set itself. Every function here returns one float64 for each resample, (R,).
 
-A resample of the bootstrap repeats prompts, and so their words: it has fewer types than the set has, which pushes
-distinct-n down in nearly every resample. The resamples of these scores are therefore not spread around the value of
-the set, and percentiles of theirs would miss it. `benchmarks.quality.intervals` takes only their standard deviation:
-value +- 1.96 standard errors.
+`benchmarks.quality.intervals` draws resamples that leave prompts out and repeat none. Some scores depend on how many
+prompts there are (all texts together have more types than four fifths of them), so resamples need not be spread around
+the value of the set; only their standard deviation is used.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -200,17 +198,14 @@ def _sums(values: np.ndarray, m: np.ndarray) -> np.ndarray:
 def missed_by_draws(texts: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """(most texts + 1, r) C(T - t, k) / C(T, k) for t = 0, 1, ...: that none of t texts is among the k drawn of T.
 
-    texts (r,) are T, drawn (r,) are k. numpy has no logarithm of the Gamma function.
+    texts (r,) are T, drawn (r,) are k. Each is the one before it times (T - t + 1 - k) / (T - t + 1), which holds for a
+    broken k, too, where C is made of the Gamma function. 0 where fewer than k texts are left.
     """
     t = np.arange(texts.max(initial=0) + 1)[:, None]
     left = texts - t  # (most + 1, r) texts without the type
-    possible = left >= drawn
-    log_missed = _log_gamma(np.where(possible, left, 0) + 1) - _log_gamma(np.where(possible, left - drawn, 0) + 1)
-    log_missed -= _log_gamma(texts + 1) - _log_gamma(texts - drawn + 1)
-    return np.where(possible, np.exp(log_missed), 0.0)
-
-
-_log_gamma = np.vectorize(math.lgamma, otypes=[np.float64])
+    steps = np.ones(left.shape)
+    steps[1:] = np.maximum(left[:-1] - drawn, 0) / np.maximum(left[:-1], 1)
+    return np.where(left >= drawn, np.cumprod(steps, axis=0), 0.0)
 
 
 def _slope(x: np.ndarray, y: np.ndarray, used: np.ndarray) -> np.ndarray:

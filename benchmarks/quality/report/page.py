@@ -5,48 +5,60 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.cache import explained
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import estimate
 from benchmarks.quality.report.comparisons import Answer, answers
 from benchmarks.quality.report.evidence import TaskEvidence, load_task, readings
 from benchmarks.quality.report.plots import plot_frontier, plot_nll
 from benchmarks.quality.report.tables import (
-    accuracy_table,
+    bucket_table,
     every_measure,
     learning_rates,
     main_table,
+    overview,
     question_table,
     shown_readings,
 )
 from benchmarks.quality.scoring import BUCKETS
-from benchmarks.quality.tasks import OFFLINE, TASKS
+from benchmarks.quality.tasks import TASKS
 from pdl_kernels.weights.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "benchmarks" / "results" / "quality" / "cpu"  # of the records that docs/ is about
 PAGE = ROOT / "docs" / "evidence.md"
 TABLES = ROOT / "docs" / "evidence_tables.md"
+QUESTIONS = ("natural", "adjusted", "equal quality", "equal ROUGE-L", "equal diversity", "straight lines", "undone")
+QUESTIONS += ("equal NLL",)
+MODES_OF_A_TABLE = (("greedy",), ("sampled",), ("sampled", "greedy"), ())  # none where no text is written
 MARK = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n)(?P<content>.*?)(<!-- end -->)", re.DOTALL)
 
 
 def write_report(folder: Path) -> None:
-    """Summary, plots, and the generated parts of the pages."""
+    """Summary, plots and tables: the pages in docs/ have those of FOLDER, other folders a file tables.md."""
     evidences = load(folder)
     found = [answer for evidence in evidences for answer in answers(evidence)]
     summary = json.dumps(summarise(evidences, found), indent=1) + "\n"
-    replace_file(folder / "summary.json", summary.encode())
-    plot_frontier(evidences, folder / "frontier.png")
-    plot_frontier(evidences, folder / "frontier_sampled.png", modes=("sampled",))
-    plot_nll(evidences, folder / "nll.png")
-    for page in (PAGE, TABLES):
-        replace_file(page, fill(page.read_text(), blocks(evidences, found)).encode())
+    made = blocks(evidences, found)
+    with explained(folder):
+        replace_file(folder / "summary.json", summary.encode())
+        plot_frontier(evidences, folder / "frontier.png")
+        plot_frontier(evidences, folder / "frontier_sampled.png", modes=("sampled",))
+        plot_nll(evidences, folder / "nll.png")
+        if folder.resolve() == FOLDER.resolve():
+            for page in (PAGE, TABLES):
+                replace_file(page, fill(page.read_text(), made).encode())
+        else:
+            replace_file(folder / "tables.md", without_prose(made).encode())
 
 
-def load(folder: Path, tasks: Sequence[str] = OFFLINE) -> list[TaskEvidence]:
+def load(folder: Path, tasks: Sequence[str] = tuple(TASKS)) -> list[TaskEvidence]:
     evidences = [evidence for task in tasks if (evidence := load_task(folder, task)) is not None]
     if not evidences:
         raise UserError(f"{folder} has no records of a task with every arm: python -m benchmarks.quality makes them")
@@ -56,6 +68,7 @@ def load(folder: Path, tasks: Sequence[str] = OFFLINE) -> list[TaskEvidence]:
 def blocks(evidences: Sequence[TaskEvidence], found: Sequence[Answer]) -> dict[str, Callable[[], str]]:
     """The generated parts by name; each is made only if a page asks for it."""
     made: dict[str, Callable[[], str]] = {
+        "overview": lambda: overview(found),
         "learning rates": lambda: learning_rates(evidences),
         "data": lambda: "\n".join(map(describe, evidences)) + "\n",
         "cost": lambda: cost(evidences),
@@ -64,14 +77,14 @@ def blocks(evidences: Sequence[TaskEvidence], found: Sequence[Answer]) -> dict[s
         of_task = [answer for answer in found if answer.task == evidence.name]
         made[f"{evidence.name} main"] = lambda evidence=evidence: main_table(evidence)
         made[f"{evidence.name} samples"] = lambda evidence=evidence: samples(evidence)
-        made[f"{evidence.name} accuracy"] = lambda evidence=evidence: accuracy_table(evidence)
+        made[f"{evidence.name} buckets"] = lambda evidence=evidence: bucket_table(evidence)
         for mode in ("greedy", "sampled"):
             made[f"{evidence.name} all {mode}"] = lambda evidence=evidence, mode=mode: every_measure(evidence, mode)
-        for question in ("natural", "adjusted", "equal quality", "equal diversity", "straight lines", "undone"):
-            for mode in ("greedy", "sampled", ""):
-                name = f"{evidence.name} {question} {mode}".strip() + ("" if mode else " nll")
-                made[name] = lambda of_task=of_task, question=question, mode=mode: question_table(
-                    of_task, question, mode
+        for question in QUESTIONS:
+            for modes in MODES_OF_A_TABLE:
+                name = f"{evidence.name} {question} {' '.join(modes) or 'nll'}"
+                made[name] = lambda of_task=of_task, question=question, modes=modes: question_table(
+                    of_task, question, *modes or ("",)
                 )
     return made
 
@@ -86,6 +99,13 @@ def fill(page: str, made: dict[str, Callable[[], str]]) -> str:
         return f"{match[1]}\n{made[name]()}\n{match[4]}"
 
     return MARK.sub(replaced, page)
+
+
+def without_prose(made: dict[str, Callable[[], str]]) -> str:
+    """Every generated part that has something to tell, under its name."""
+    parts = {name: make() for name, make in made.items()}
+    told = [f"## {name}\n\n{part}" for name, part in parts.items() if not part.startswith("|") or part.count("\n") > 2]
+    return "\n".join(["# Tables of benchmarks.quality\n", *told])
 
 
 def describe(evidence: TaskEvidence) -> str:
@@ -103,27 +123,34 @@ def describe(evidence: TaskEvidence) -> str:
 
 
 def cost(evidences: Sequence[TaskEvidence]) -> str:
+    """What was spent, and on which machines, with which packages and at which commits, with the number of models."""
     lines = []
     for evidence in evidences:
-        stages: dict[str, float] = {}
-        for run in evidence.runs.values():
-            for stage, seconds in run["seconds"].items():
-                stages[stage] = stages.get(stage, 0) + seconds
-        first = evidence.document["environment"]
-        packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
-        commits, devices = (
-            ", ".join(sorted({run["environment"][what] for run in evidence.runs.values()}))
-            for what in ("commit", "device")
-        )
+        runs = list(evidence.runs.values())
+        stages: Counter[str] = Counter()
+        for run in runs:
+            stages.update(run["seconds"])
+        spent = ", ".join(f"{stage} {seconds:,.0f} s" for stage, seconds in stages.items())
         seconds_before = evidence.document["seconds"]
         before = "seconds not recorded" if seconds_before is None else f"{seconds_before:,.0f} s"
-        spent = ", ".join(f"{stage} {seconds:,.0f} s" for stage, seconds in stages.items())
+        environments = [run["environment"] for run in runs]
+        packages = [f"{name} {version}" for one in environments for name, version in one["packages"].items()]
         lines.append(
-            f"- {evidence.name}: {len(evidence.runs)} models, seeds {', '.join(map(str, evidence.seeds))}; {spent}; "
-            f"{before} for data and frozen layers. {devices}; {first['threads']} "
-            f"thread(s) a process, {first['compute_dtype']}; {packages}; commits {commits}."
+            f"- {evidence.name}: {len(runs)} models, seeds {', '.join(map(str, evidence.seeds))}; {spent}, together "
+            f"{sum(stages.values()) / 3600:.1f} h of a process; {before} for data and frozen layers. "
+            f"{counted(one['device'] for one in environments)}; {counted(one['threads'] for one in environments)} "
+            f"thread(s) a process, {counted(one['compute_dtype'] for one in environments)}; {counted(packages)}; "
+            f"commits {counted(one['commit'] for one in environments)}."
         )
     return "\n".join(lines) + "\n"
+
+
+def counted(values: Iterable[Any]) -> str:
+    """Each different value, with how often it came where there are several."""
+    found = Counter(map(str, values))
+    if len(set(found.values())) == 1:
+        return ", ".join(found)
+    return ", ".join(f"{value} ({count})" for value, count in sorted(found.items()))
 
 
 def samples(evidence: TaskEvidence) -> str:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.arms import ALPHAS
 from benchmarks.quality.intervals import estimate
-from benchmarks.quality.report.comparisons import ADJUSTED, CROSS_ENTROPY, CURVES, DIVERSITY, MODES, QUALITY
+from benchmarks.quality.report.comparisons import CROSS_ENTROPY, CURVES, DIVERSITY, MODES, QUALITY
 from benchmarks.quality.report.evidence import Reading, TaskEvidence
 from benchmarks.quality.scoring import BUCKETS
 from benchmarks.quality.tasks import TASKS
+from pdl_kernels.weights.files import replace_file
 
 PDL = [Reading(f"pdl-{alpha:g}") for alpha in ALPHAS]
 OTHERS = [Reading("pdl-paper"), Reading("inverse-square-root"), Reading("focal"), Reading("untouched")]
 COLOURS = {"cross entropy": "black", "adjusted logits": "tab:blue", "temperature": "tab:orange", "PDL": "tab:red"}
 LABELS_AT = {"adjusted logits": (4, 4, "left"), "temperature": (-4, -10, "right"), "PDL": (-4, 4, "right")}  # points
+MARKER_OF_ALPHA = {"pdl-0.25": "v", "pdl-0.4": "o", "pdl-1": "s"}
+NLL_TICKS = (-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3)
 MARKERS = dict(zip((reading.arm for reading in OTHERS), "DsPX", strict=True))
 
 
@@ -51,25 +55,30 @@ def plot_nll(evidences: Sequence[TaskEvidence], path: Path) -> None:
     """What each way to train or to read does to tokens by their frequency, less cross entropy as it is."""
     figure, axes = _axes(1, len(evidences), height=3.6)
     ways = [
-        *((reading, "tab:red", "-") for reading in (Reading("pdl-0.4"), Reading("pdl-1"))),
-        *((Reading(arm, "undone"), "tab:red", ":") for arm in ("pdl-0.4", "pdl-1")),
-        *((reading, "tab:blue", "-") for reading in (ADJUSTED[ALPHAS.index(0.4) + 1], ADJUSTED[-1])),
-        (Reading("untouched"), "tab:gray", "--"),
+        *((Reading(arm), "tab:red", "-", MARKER_OF_ALPHA[arm]) for arm in MARKER_OF_ALPHA),
+        *((Reading(arm, "undone"), "tab:red", ":", MARKER_OF_ALPHA[arm]) for arm in MARKER_OF_ALPHA),
+        *(
+            (Reading("cross-entropy", f"adjusted-{tau}"), "tab:blue", "-", marker)
+            for tau, marker in ((0.4, "o"), (1, "s"))
+        ),
+        (Reading("cross-entropy", "temperature-1.15"), "tab:orange", "-", "D"),
     ]
     for axis, evidence in zip(axes[0], evidences, strict=True):
-        for place, (reading, colour, line) in enumerate(way for way in ways if way[0].arm in evidence.arms):
+        shown = [way for way in ways if way[0].arm in evidence.arms]
+        for place, (reading, colour, line, marker) in enumerate(shown):
             changes = [
                 estimate(evidence.nll(reading, bucket) - evidence.nll(CROSS_ENTROPY, bucket)) for bucket in BUCKETS
             ]
-            at = [index + 0.04 * (place - 3) for index in range(len(BUCKETS))]
-            marker = "s" if "1" in _dial(reading) else "o"
+            at = [index + 0.04 * (place - len(shown) // 2) for index in range(len(BUCKETS))]
             margins = [change.high - change.value for change in changes]
             values = [change.value for change in changes]
             axis.errorbar(at, values, margins, color=colour, linestyle=line, marker=marker, label=reading.title, ms=4)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(BUCKETS)), BUCKETS)
+        axis.set_yscale("symlog", linthresh=0.1)  # or alpha 1 leaves no room for the others
+        axis.set_yticks(NLL_TICKS, [f"{tick:+g}" if tick else "0" for tick in NLL_TICKS])
         axis.set_title(TASKS[evidence.name].title, fontsize=10)
-        axis.set_ylabel("unweighted NLL, less cross entropy's", fontsize=8)
+        axis.set_ylabel("NLL, less cross entropy's; logarithmic beyond 0.1", fontsize=8)
         axis.tick_params(labelsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
@@ -132,7 +141,7 @@ def _axes(rows: int, columns: int, height: float = 4) -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-    temporary.replace(path)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format="png", metadata={"Software": None})
     pyplot.close(figure)
+    replace_file(path, picture.getvalue())

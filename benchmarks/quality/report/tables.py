@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from benchmarks.quality.arms import ARMS
+from benchmarks.quality.arms import ARMS, NATURAL
 from benchmarks.quality.intervals import Estimate, estimate, excludes_zero
-from benchmarks.quality.report.comparisons import Answer
+from benchmarks.quality.report.comparisons import CURVES, Answer
 from benchmarks.quality.report.evidence import Reading, TaskEvidence, readings
 from benchmarks.quality.scoring import BUCKETS
+from benchmarks.quality.tasks import TASKS
 
 TITLES = {
     "own_rouge_l": "ROUGE-L above chance",
@@ -44,8 +45,9 @@ PER_CENT = (
     "cut_rare_f1",
     "diversity",
 )
-PER_CENT += ("distinct_1", "distinct_2", "distinct_3", "repetition", "ended", "in_source")
-BY_CURVE = ("equal quality", "equal diversity", "straight lines")  # questions with a column for each baseline
+PER_CENT += ("accuracy", "distinct_1", "distinct_2", "distinct_3", "repetition", "ended", "in_source")
+BY_CURVE = ("equal quality", "equal ROUGE-L", "equal diversity", "straight lines", "equal NLL")  # against baselines
+CAREFUL = ("pdl-0.25", "pdl-0.4")  # the arms of the overview
 WHOLE = ("unique_words",)
 TWO_PLACES = ("zipf_slope", "expectation_adjusted")
 
@@ -73,21 +75,16 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main_table(evidence: TaskEvidence) -> str:
-    """One row for each way to train or to read: NLL, then what the sampled and the greedy texts are like."""
-    sampled = ("own_rouge_l", "rouge_l", "rare_f1", "diversity", "words")
-    greedy = ("own_rouge_l", "rouge_l", "rare_f1", "diversity", "repetition", "words")
-    if not evidence.faithful:
-        extra: tuple[str, ...] = ()
-    else:
-        extra = ("in_source",)
-    head = ["", "NLL", *(f"NLL, {bucket}" for bucket in BUCKETS)]
-    head += [f"sampled: {TITLES[measure]}" for measure in sampled + extra]
-    head += [f"greedy: {TITLES[measure]}" for measure in greedy + extra]
-    rows = [reference_row(evidence, sampled + extra, greedy + extra)]
-    for reading in readings(evidence.arms):
-        row = [reading.title, number("nll", estimate(evidence.nll(reading)))]
-        row += [number("nll", estimate(evidence.nll(reading, bucket))) for bucket in BUCKETS]
-        for mode, measures in (("sampled", sampled + extra), ("greedy", greedy + extra)):
+    """The arms as they are and what comes for nothing: NLL, then what the sampled and the greedy texts are like."""
+    measures: tuple[str, ...] = ("own_rouge_l", "rare_f1", "diversity", "words", "ended")
+    if evidence.faithful:
+        measures += ("in_source",)
+    head = ["", "NLL", "NLL, rare"]
+    head += [f"{mode}: {TITLES[measure]}" for mode in ("sampled", "greedy") for measure in measures]
+    rows = [reference_row(evidence, measures)]
+    for reading in main_readings(evidence):
+        row = [reading.title, *(number("nll", estimate(evidence.nll(reading, bucket))) for bucket in (None, "rare"))]
+        for mode in ("sampled", "greedy"):
             if evidence.has_texts(reading, mode):
                 scores = evidence.scores(reading, mode)
                 row += [number(measure, estimate(scores[measure])) for measure in measures]
@@ -97,14 +94,20 @@ def main_table(evidence: TaskEvidence) -> str:
     return markdown(head, rows)
 
 
-def reference_row(evidence: TaskEvidence, sampled: Sequence[str], greedy: Sequence[str]) -> list[str]:
-    """What people wrote, as far as a measure means something for it."""
+def main_readings(evidence: TaskEvidence) -> list[Reading]:
+    """Every arm as it is, and the settings of the free baselines' dials."""
+    dials = {point[0] for curve in CURVES.values() for point in curve("sampled")}
+    return [one for one in readings(evidence.arms) if one.variant == NATURAL or one in dials]
+
+
+def reference_row(evidence: TaskEvidence, measures: Sequence[str]) -> list[str]:
+    """What people wrote, as far as a measure means something for it; no mode wrote it, so it is there for both."""
     found = evidence.of_references()
 
     def cell(measure: str) -> str:
         return number(measure, Estimate(found[measure], math.nan, math.nan)) if measure in found else ""
 
-    return ["*the references*", *[""] * (1 + len(BUCKETS)), *map(cell, sampled), *map(cell, greedy)]
+    return ["*the references*", "", "", *map(cell, measures), *map(cell, measures)]
 
 
 def every_measure(evidence: TaskEvidence, mode: str) -> str:
@@ -116,29 +119,43 @@ def every_measure(evidence: TaskEvidence, mode: str) -> str:
     return markdown(["", *TITLES.values()], rows)
 
 
-def accuracy_table(evidence: TaskEvidence) -> str:
-    """The share of the references' tokens that a model's likeliest token is."""
+def bucket_table(evidence: TaskEvidence) -> str:
+    """NLL of the references' tokens, and the share of them that is a model's likeliest token, by frequency."""
     rows = []
     for reading in readings(evidence.arms):
-        cells = [estimate(evidence.accuracy(reading, bucket)) for bucket in (None, *BUCKETS)]
-        rows.append([reading.title, *(number("ended", cell) for cell in cells)])
-    return markdown(["", "accuracy, %", *BUCKETS], rows)
+        row = [reading.title]
+        row += [number("nll", estimate(evidence.nll(reading, bucket))) for bucket in (None, *BUCKETS)]
+        row += [number("accuracy", estimate(evidence.accuracy(reading, bucket))) for bucket in (None, *BUCKETS)]
+        rows.append(row)
+    head = [f"{measure}, {bucket}" for measure in ("NLL", "accuracy") for bucket in ("all", *BUCKETS)]
+    return markdown(["", *head], rows)
 
 
-def question_table(found: Sequence[Answer], question: str, mode: str) -> str:
+def overview(found: Sequence[Answer]) -> str:
+    """The diversity at equal quality of the careful alphas: a row for each task and mode."""
+    columns = [(arm, curve) for curve in CURVES for arm in CAREFUL]
+    rows: dict[str, dict[tuple[str, str], str]] = {}
+    for one in found:
+        if (one.question, one.variant) == ("equal quality", NATURAL) and (one.arm, one.against) in columns:
+            row = rows.setdefault(f"{TASKS[one.task].title}, {one.mode}", {})
+            row[one.arm, one.against] = cell(one)
+    head = ["", *(f"{ARMS[arm].title}, against {curve}" for arm, curve in columns)]
+    return markdown(head, ([title, *(row.get(column, "") for column in columns)] for title, row in rows.items()))
+
+
+def question_table(found: Sequence[Answer], question: str, *modes: str) -> str:
     """One row for each way to train and to read, one column a measure. Nothing is bold where there is one seed."""
-    chosen = [one for one in found if (one.question, one.mode) == (question, mode)]
-    columns = list(dict.fromkeys((one.measure, one.against if question in BY_CURVE else "") for one in chosen))
-    head = ["", *(column_title(measure, against) for measure, against in columns)]
-    rows = []
-    for title in dict.fromkeys(one.title for one in chosen):
-        cells = {
-            (one.measure, one.against if question in BY_CURVE else ""): cell(one)
-            for one in chosen
-            if one.title == title
-        }
-        rows.append([title, *(cells.get(column, "") for column in columns)])
-    return markdown(head, rows)
+    chosen = [one for mode in modes for one in found if (one.question, one.mode) == (question, mode)]
+
+    def column(one: Answer) -> str:
+        title = column_title(one.measure, one.against if question in BY_CURVE else "")
+        return f"{one.mode}: {title}" if len(modes) > 1 else title
+
+    columns = list(dict.fromkeys(map(column, chosen)))
+    rows: dict[str, dict[str, str]] = {}
+    for one in chosen:
+        rows.setdefault(one.title, {})[column(one)] = cell(one)
+    return markdown(["", *columns], ([title, *(row.get(name, "") for name in columns)] for title, row in rows.items()))
 
 
 def cell(answer: Answer) -> str:
@@ -149,11 +166,8 @@ def cell(answer: Answer) -> str:
 
 
 def column_title(measure: str, against: str) -> str:
-    if against:
-        return f"{TITLES[measure]}, against {against}"
-    if measure.startswith("nll "):
-        return f"NLL, {measure.removeprefix('nll ')}"
-    return TITLES[measure]
+    title = f"NLL, {measure.removeprefix('nll ')}" if measure.startswith("nll ") else TITLES[measure]
+    return f"{title}, against {against}" if against else title
 
 
 def learning_rates(evidences: Sequence[TaskEvidence]) -> str:

@@ -1,5 +1,6 @@
 """The report's numbers are those of its records, its pages hold what is generated, and nothing else gets in."""
 
+import errno
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,18 +16,14 @@ from helpers.quality_records import SETTINGS, write_records  # noqa: E402
 from benchmarks.quality import records  # noqa: E402
 from benchmarks.quality.arms import ARMS  # noqa: E402
 from benchmarks.quality.errors import UserError  # noqa: E402
-from benchmarks.quality.intervals import Estimate, best_diversity_at  # noqa: E402
+from benchmarks.quality.intervals import Estimate, estimate  # noqa: E402
 from benchmarks.quality.metrics.corpus import Types  # noqa: E402
 from benchmarks.quality.metrics.words import ngrams, words  # noqa: E402
 from benchmarks.quality.report import page, plots, tables  # noqa: E402
 from benchmarks.quality.report.comparisons import (  # noqa: E402
     CROSS_ENTROPY,
-    CURVES,
     Answer,
     answers,
-    at_equal_diversity,
-    at_equal_quality,
-    heated,
 )
 from benchmarks.quality.report.evidence import Reading, load_task, rarefied  # noqa: E402
 
@@ -129,6 +126,14 @@ class TestSeries:
         both = load_task(tmp_path, "dialogue", resamples=2)
         assert (both.arms, both.seeds) == (["cross-entropy", "pdl-1", "focal"], [0, 1])
 
+    def test_the_untouched_model_has_a_seed_of_its_own(self, tmp_path):
+        write_records(tmp_path, tasks=("style",), arms=("untouched", "cross-entropy", "pdl-1"))
+        whole = load_task(tmp_path, "style", resamples=5).nll(Reading("untouched"))[0]
+        records.record_path(tmp_path, "style", "pdl-1", 0).unlink()
+        without = load_task(tmp_path, "style", resamples=5)
+        assert without.seeds == [1, 2]
+        assert without.nll(Reading("untouched"))[0] == pytest.approx(whole)
+
     def test_records_of_other_settings_are_refused(self, tmp_path):
         write_records(tmp_path, tasks=("style",), arms=("cross-entropy", "pdl-1"))
         path = records.record_path(tmp_path, "style", "pdl-1", 2)
@@ -137,93 +142,6 @@ class TestSeries:
         records.write(path, run)
         with pytest.raises(UserError, match=r"pdl-1-seed2\.json\.xz was made with other settings"):
             load_task(tmp_path, "style", resamples=5)
-
-
-class TestQuestions:
-    def test_differences_are_paired(self, evidence):
-        found = {(one.question, one.mode, one.arm, one.measure, one.against): one.estimate for one in answers(evidence)}
-        change = evidence.series(PDL, "sampled", "rouge_l") - evidence.series(CROSS_ENTROPY, "sampled", "rouge_l")
-        asked = found["natural", "sampled", "pdl-0.4", "rouge_l", "cross entropy"]
-        assert asked.value == pytest.approx(change[0])
-        assert asked.high - asked.value == pytest.approx(1.96 * np.std(change[1:], ddof=1))
-
-    def test_the_adjusted_baseline_has_the_same_exponent(self, evidence):
-        against = {(one.arm, one.against) for one in answers(evidence) if one.question == "adjusted"}
-        assert ("pdl-0.25", "cross entropy, logits adjusted by 0.25") in against
-        assert ("pdl-paper", "cross entropy, logits adjusted by 1") in against
-        assert len(against) == 5
-
-    def test_undone_is_compared_with_cross_entropy(self, evidence):
-        change = evidence.nll(Reading("pdl-1", "undone"), "rare") - evidence.nll(CROSS_ENTROPY, "rare")
-        found = [one for one in answers(evidence) if (one.question, one.arm) == ("undone", "pdl-1")]
-        assert [one.measure for one in found] == ["nll all", "nll frequent", "nll medium", "nll rare"]
-        assert found[-1].estimate.value == pytest.approx(change[0])
-
-    def test_curves_and_who_is_held_against_them(self, evidence):
-        for question in ("equal quality", "equal diversity"):
-            found = [one for one in answers(evidence) if one.question == question]
-            assert {(one.mode, one.against) for one in found} == {
-                (mode, curve) for mode in ("greedy", "sampled") for curve in ("adjusted logits", "temperature")
-            }
-            halves = {("pdl-0.4", "half-undone"), ("pdl-1", "half-undone")}
-            arms = {(arm, "natural") for arm in ARMS if arm.startswith("pdl-")}
-            assert {(one.arm, one.variant) for one in found} == arms | halves
-
-    def test_inner_settings_are_held_against_the_line_between_the_others(self, evidence):
-        found = {(one.mode, one.against, one.variant) for one in answers(evidence) if one.question == "straight lines"}
-        adjusted = [f"adjusted-{tau}" for tau in (0.25, 0.4, 0.75)]
-        assert found == {
-            *((mode, "adjusted logits", variant) for mode in ("greedy", "sampled") for variant in adjusted),
-            *(
-                ("sampled", "temperature", variant)
-                for variant in ("natural", *(f"temperature-{t}" for t in (0.7, 1.15, 1.3)))
-            ),
-        }
-
-    def test_the_temperature_begins_with_greedy_texts(self):
-        sampled = ["temperature-0.7", "natural", "temperature-1.15", "temperature-1.3", "temperature-1.6"]
-        expected = [("natural", "greedy"), *((variant, "sampled") for variant in sampled)]
-        for mode in ("greedy", "sampled"):
-            assert [(reading.variant, one) for reading, one in heated(mode)] == expected
-
-    def test_a_setting_of_the_baseline_is_held_against_the_others_and_at_its_diversity_is_itself(self, evidence):
-        for mode, variant, curve in (
-            ("sampled", "temperature-1.15", "temperature"),
-            ("greedy", "adjusted-0.25", "adjusted logits"),
-        ):
-            own = Reading("cross-entropy", variant)
-            (gain,) = at_equal_quality(evidence, mode, own, curve)
-            others = [point for point in CURVES[curve](mode) if point != (own, mode)]
-            series = (
-                [evidence.series(*point, measure) for point in others] for measure in ("own_rouge_l", "diversity")
-            )
-            line = best_diversity_at(*map(np.stack, series), evidence.series(own, mode, "own_rouge_l"))
-            change = evidence.series(own, mode, "diversity") - line
-            assert gain.estimate.value == pytest.approx(change[0], nan_ok=True)
-            quality, f1 = at_equal_diversity(evidence, mode, own, curve)
-            assert (quality.measure, f1.measure) == ("own_rouge_l", "rare_f1")
-            assert (quality.estimate.value, f1.estimate.value) == pytest.approx((0, 0))
-
-    def test_what_is_beyond_a_curve_is_noted(self, monkeypatch, evidence):
-        series = {"own_rouge_l": 0.0, "diversity": 0.0, "rare_f1": 0.0}
-
-        def made_up(self, reading, mode, measure):
-            if reading.arm == "pdl-1":
-                return np.full(4, series[measure])
-            return np.full(4, 1.0 if reading.variant == "natural" else 2.0)
-
-        monkeypatch.setattr(type(evidence), "series", made_up)
-        pdl = Reading("pdl-1")
-        for quality, note, value in ((3.0, "better than any setting", 3.0), (0.5, "poorer than any setting", None)):
-            series["own_rouge_l"], series["diversity"] = quality, 5.0
-            (gain,) = at_equal_quality(evidence, "sampled", pdl, "adjusted logits")
-            assert gain.note == note
-            assert gain.estimate.value == value if value else np.isnan(gain.estimate.value)
-            both = at_equal_diversity(evidence, "sampled", pdl, "adjusted logits")
-            assert {one.note for one in both} == {"more diverse than any setting"}
-        series["own_rouge_l"], series["diversity"] = 1.5, 1.5
-        (gain,) = at_equal_quality(evidence, "sampled", pdl, "adjusted logits")
-        assert (gain.note, gain.estimate.value) == ("", pytest.approx(-0.5))
 
 
 class TestTables:
@@ -239,6 +157,32 @@ class TestTables:
         assert head == "|  | distinct pairs, against adjusted logits | distinct pairs, against temperature |"
         head = tables.question_table(found, "natural", "sampled").splitlines()[0]
         assert head.startswith("|  | distinct pairs | ROUGE-L above chance | ROUGE-L |")
+
+    def test_the_overview_has_a_row_for_each_task_and_mode(self, folder, evidence):
+        found = [*answers(evidence), *answers(load_task(folder, "summarisation", resamples=5))]
+        head, _, *rows = (row.strip("| ").split(" | ") for row in tables.overview(found).splitlines())
+        assert [row[0] for row in rows] == [
+            f"{task}, {mode}" for task in ("Dialogue", "Summarisation") for mode in ("greedy", "sampled")
+        ]
+        (asked,) = [
+            one
+            for one in found
+            if (one.task, one.question, one.mode, one.arm, one.variant, one.against)
+            == ("dialogue", "equal quality", "sampled", "pdl-0.4", "natural", "temperature")
+        ]
+        assert rows[1][1 + head.index("PDL alpha 0.4, against temperature")] == tables.cell(asked)
+
+    def test_a_table_of_both_modes(self, evidence):
+        found = list(answers(evidence))
+        both = tables.question_table(found, "equal quality", "sampled", "greedy").splitlines()
+        alone = tables.question_table(found, "equal quality", "greedy").splitlines()
+        assert both[0].split(" | ")[1:3] == [
+            "sampled: distinct pairs, against adjusted logits",
+            "sampled: distinct pairs, against temperature",
+        ]
+        for row, expected in zip(both[2:], alone[2:], strict=True):
+            assert row.split(" | ")[0] == expected.split(" | ")[0]
+            assert row.split(" | ")[3:] == expected.split(" | ")[1:]
 
     def test_cells_say_what_the_number_alone_would_hide(self):
         def cell(value, seeds=3, note=""):
@@ -256,8 +200,29 @@ class TestTables:
         assert len({row.count("|") for row in rows}) == 1
         titles = [row.split("|")[1].strip() for row in rows]
         assert "cross entropy, logits adjusted by 0.75" in titles
-        assert "PDL alpha 1, shift half undone" in titles
-        assert len(rows) == 3 + 9 + len(ARMS) + 2 * 5  # head, references; baselines; arms; shifts of five arms
+        assert len(rows) == 3 + len(ARMS) + 4 + 4  # head, references; arms; adjusted; temperatures but 1
+
+    def test_columns_of_the_main_table_hold_their_measures(self, evidence):
+        head, _, *rows = (row.split(" | ") for row in tables.main_table(evidence).splitlines())
+        (row,) = [row for row in rows if row[0] == "| PDL alpha 0.4"]
+        for title, measure, series in (
+            ("NLL, rare", "nll", evidence.nll(PDL, "rare")),
+            ("sampled: distinct pairs", "diversity", evidence.series(PDL, "sampled", "diversity")),
+            ("greedy: rare words: F1", "rare_f1", evidence.series(PDL, "greedy", "rare_f1")),
+        ):
+            assert row[head.index(title)] == tables.number(measure, estimate(series))
+        (references,) = [row for row in rows if row[0] == "| *the references*"]
+        words = evidence.of_references()["words"]
+        assert references[head.index("sampled: words")] == f"{words:.1f}"
+
+    def test_nll_and_accuracy_by_bucket(self, evidence):
+        head, _, *rows = (row.strip(" |").split(" | ") for row in tables.bucket_table(evidence).splitlines())
+        buckets = ["all", "frequent", "medium", "rare"]
+        assert head == [*(f"NLL, {bucket}" for bucket in buckets), *(f"accuracy, {bucket}" for bucket in buckets)]
+        (row,) = [row for row in rows if row[0] == "PDL alpha 0.4"]
+        nll, accuracy = estimate(evidence.nll(PDL, "medium")), estimate(evidence.accuracy(PDL, "rare"))
+        assert row[3] == f"{nll.value:.2f} ±{nll.high - nll.value:.2f}"
+        assert row[8] == f"{100 * accuracy.value:.1f} ±{100 * (accuracy.high - accuracy.value):.1f}"
 
     def test_content_words_in_the_source_only_where_that_means_something(self, folder, evidence):
         assert "content words in the source" not in tables.main_table(evidence)
@@ -295,18 +260,31 @@ class TestPlots:
         for name, dial in (("temperature", "1.6"), ("adjusted logits", "0.4"), ("PDL", "0.4")):
             assert (dial, plots.COLOURS[name]) in labels
 
+    def test_nll_by_frequency_is_less_cross_entropy_s(self, evidence, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+        plots.plot_nll([evidence], tmp_path / "unused.png")
+        (axis,) = drawn[0].axes
+        marks = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        for reading in (PDL, Reading("pdl-1", "undone"), Reading("cross-entropy", "temperature-1.15")):
+            expected = [
+                (evidence.nll(reading, bucket) - evidence.nll(CROSS_ENTROPY, bucket))[0]
+                for bucket in ("frequent", "medium", "rare")
+            ]
+            assert marks[reading.title].lines[0].get_ydata() == pytest.approx(expected)
+
 
 class TestPage:
     def test_every_machine_and_commit_is_told(self, evidence):
         def run(device, commit, seconds):
-            return {"environment": {"device": device, "commit": commit}, "seconds": {"training": seconds}}
+            environment = {"threads": 1, "compute_dtype": "float32", "packages": {"torch": "2.13.0"}}
+            return {"environment": environment | {"device": device, "commit": commit}, "seconds": {"training": seconds}}
 
-        runs = {("focal", 0): run("Xeon", "b", 10.0), ("focal", 1): run("EPYC", "a", 5.0)}
-        made_up = replace(evidence, runs=runs)
+        runs = [run("Xeon", "b", 10.0), run("EPYC", "a", 5.0), run("Xeon", "b", 3585.0)]
+        made_up = replace(evidence, runs={("focal", seed): one for seed, one in enumerate(runs)})
         (line,) = page.cost([made_up]).splitlines()
-        assert "training 15 s;" in line
-        assert "EPYC, Xeon; 1 thread(s) a process" in line
-        assert line.endswith("commits a, b.")
+        assert "3 models, seeds 0, 1, 2; training 3,600 s, together 1.0 h of a process;" in line
+        assert "EPYC (1), Xeon (2); 1 thread(s) a process, float32; torch 2.13.0; commits a (1), b (2)." in line
 
     def test_it_is_filled_between_its_marks(self, folder):
         evidences = [load_task(folder, "dialogue", resamples=5)]
@@ -326,7 +304,8 @@ class TestPage:
         assert page.quoted(" \n") == "(nothing)"
 
     def test_the_same_records_give_the_same_files(self, folder, tmp_path, monkeypatch):
-        source = "<!-- generated: dialogue equal quality sampled -->\n<!-- end -->\n"
+        monkeypatch.setattr(page, "FOLDER", folder)
+        source = "<!-- generated: dialogue equal quality sampled greedy -->\n<!-- end -->\n"
         written = []
         for name in ("first", "second"):
             for place in ("PAGE", "TABLES"):
@@ -340,17 +319,36 @@ class TestPage:
         summary = json.loads(written[0][1])
         assert set(summary["tasks"]) == {"dialogue", "summarisation"}
 
+    def test_other_folders_have_tables_of_their_own(self, folder):
+        before = [path.read_bytes() for path in (page.PAGE, page.TABLES)]
+        page.write_report(folder)
+        assert [path.read_bytes() for path in (page.PAGE, page.TABLES)] == before, "they are about other records"
+        written = (folder / "tables.md").read_text()
+        evidences = page.load(folder)
+        found = [answer for one in evidences for answer in answers(one)]
+        for name in ("overview", "dialogue main", "summarisation equal quality sampled greedy", "dialogue undone nll"):
+            assert f"## {name}\n\n{page.blocks(evidences, found)[name]()}" in written
+        assert "## dialogue undone sampled" not in written, "there is no such table"
+
+    def test_a_full_disk(self, folder, monkeypatch):
+        def full(path, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        for module in (page, plots):
+            with monkeypatch.context() as patched:
+                patched.setattr(module, "replace_file", full)
+                with pytest.raises(UserError, match="No space left on device"):
+                    page.write_report(folder)
+        assert not list(folder.glob(".*")), "nothing half-written"
+
     def test_no_records(self, tmp_path):
         with pytest.raises(UserError, match="has no records"):
             page.load(tmp_path)
 
 
-FOLDER = page.ROOT / "benchmarks" / "results" / "quality" / "cpu"
-
-
 @pytest.fixture(scope="module")
 def found():
-    evidences = page.load(FOLDER)
+    evidences = page.load(page.FOLDER)
     return evidences, [answer for evidence in evidences for answer in answers(evidence)]
 
 
@@ -358,7 +356,7 @@ class TestRecorded:
     """What is committed: the pages and the summary are those that the records give."""
 
     def test_every_number_of_the_summary(self, found):
-        recorded = json.loads((FOLDER / "summary.json").read_text())
+        recorded = json.loads((page.FOLDER / "summary.json").read_text())
         assert same_numbers(page.summarise(*found), recorded)
 
     @pytest.mark.parametrize("path", [page.PAGE, page.TABLES], ids=lambda path: path.name)
