@@ -10,10 +10,11 @@ from pdl_kernels.weights.calibration import calibration_bias
 
 
 class CalibrationLogitsProcessor(LogitsProcessor):
-    """logits - strength * log w, for `generate` with a model that was trained with the weights w.
+    """logits - strength * log w in `generate`: a dial between natural text and rare tokens, without training again.
 
-    strength=1 undoes what the weights did to the model (see `calibration_bias`), and 0 leaves the model as it was
-    trained. Values in between give more rare tokens at the cost of less natural text, without training again.
+    With a model that was trained with the weights w, strength=1 undoes what they did to it (see `calibration_bias`), 0
+    leaves it as it was trained, and values in between give some of it. With a model that was trained by plain cross
+    entropy, strength=-1 does to it what training with w would: both optima are proportional to w(y) p(y|x).
 
     Args:
         table: (V,) weights > 0, as wide as the logits.
