@@ -15,7 +15,7 @@ from benchmarks.quality.cache import explained
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import estimate
 from benchmarks.quality.report.comparisons import Answer, answers
-from benchmarks.quality.report.evidence import TaskEvidence, load_task, readings
+from benchmarks.quality.report.evidence import RESAMPLES, TaskEvidence, load_task, readings
 from benchmarks.quality.report.plots import plot_frontier, plot_nll
 from benchmarks.quality.report.tables import (
     bucket_table,
@@ -40,9 +40,9 @@ MODES_OF_A_TABLE = (("greedy",), ("sampled",), ("sampled", "greedy"), ())  # non
 MARK = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n)(?P<content>.*?)(<!-- end -->)", re.DOTALL)
 
 
-def write_report(folder: Path) -> None:
+def write_report(folder: Path, resamples: int = RESAMPLES) -> None:
     """Summary, plots and tables: the pages in docs/ have those of FOLDER, other folders a file tables.md."""
-    evidences = load(folder)
+    evidences = load(folder, resamples)
     found = [answer for evidence in evidences for answer in answers(evidence)]
     summary = json.dumps(summarise(evidences, found), indent=1) + "\n"
     made = blocks(evidences, found)
@@ -58,8 +58,9 @@ def write_report(folder: Path) -> None:
             replace_file(folder / "tables.md", without_prose(made).encode())
 
 
-def load(folder: Path, tasks: Sequence[str] = tuple(TASKS)) -> list[TaskEvidence]:
-    evidences = [evidence for task in tasks if (evidence := load_task(folder, task)) is not None]
+def load(folder: Path, resamples: int = RESAMPLES) -> list[TaskEvidence]:
+    """Every task that has records to compare."""
+    evidences = [evidence for task in TASKS if (evidence := load_task(folder, task, resamples)) is not None]
     if not evidences:
         raise UserError(f"{folder} has no records of a task with every arm: python -m benchmarks.quality makes them")
     return evidences

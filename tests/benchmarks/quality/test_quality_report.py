@@ -312,7 +312,7 @@ class TestPage:
                 path = tmp_path / f"{name}-{place}.md"
                 path.write_text(source)
                 monkeypatch.setattr(page, place, path)
-            page.write_report(folder)
+            page.write_report(folder, resamples=20)
             files = [tmp_path / f"{name}-PAGE.md", folder / "summary.json", folder / "frontier.png", folder / "nll.png"]
             written.append([path.read_bytes() for path in files])
         assert written[0] == written[1]
@@ -321,10 +321,10 @@ class TestPage:
 
     def test_other_folders_have_tables_of_their_own(self, folder):
         before = [path.read_bytes() for path in (page.PAGE, page.TABLES)]
-        page.write_report(folder)
+        page.write_report(folder, resamples=20)
         assert [path.read_bytes() for path in (page.PAGE, page.TABLES)] == before, "they are about other records"
         written = (folder / "tables.md").read_text()
-        evidences = page.load(folder)
+        evidences = page.load(folder, resamples=20)
         found = [answer for one in evidences for answer in answers(one)]
         for name in ("overview", "dialogue main", "summarisation equal quality sampled greedy", "dialogue undone nll"):
             assert f"## {name}\n\n{page.blocks(evidences, found)[name]()}" in written
@@ -338,7 +338,7 @@ class TestPage:
             with monkeypatch.context() as patched:
                 patched.setattr(module, "replace_file", full)
                 with pytest.raises(UserError, match="No space left on device"):
-                    page.write_report(folder)
+                    page.write_report(folder, resamples=20)
         assert not list(folder.glob(".*")), "nothing half-written"
 
     def test_no_records(self, tmp_path):
