@@ -9,14 +9,14 @@ A resample leaves out a random fifth of the groups (the delete-d jackknife: Shao
 Jackknife Variance Estimation). Scores of four fifths vary half as much as scores of samples do, so an interval is value
 +- 1.96 * 2 standard deviations of the resamples. The bootstrap, which draws with replacement, will not do here: it
 repeats prompts, and scores that count distinct words, and their differences, shrink. Of differences in distinct pairs
-between halves of the held-out prompts of two tasks, the bootstrap claimed .50 to .77 of the true standard deviation for
-greedy texts and .75 to 1.3 for sampled ones, this .91 to 1.1 (a check by hand).
+between halves of the held-out prompts, the bootstrap claimed .52 to .76 of the true standard deviation for greedy texts
+and .73 to 1.3 for sampled ones, this .89 to 1.13 (`benchmarks.quality.check_intervals`, as the shares below).
 
 Prompts and seeds are crossed. For what varies by prompt and seed together, as chance in generation does, the interval
 is therefore wider than it need be, by up to a factor of 1.4. What varies by seed alone has the right variance on
 average, but a standard deviation of three seeds is uncertain: where everything depended on 3 seeds, the interval
 contained the truth in 80 % of cases; with prompts and noise that vary ten times as much as seeds do, as a standard
-deviation, in 93 % and more.
+deviation, in 93 to 95 %.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.quality.metrics.words import word_spans
 
 STANDARD_ERRORS = 1.96  # on either side: 95 % of a normal distribution
 LEFT_OUT = 5  # a resample leaves out one of as many groups
-SHARE_OF_DEVIATION = 0.5  # sqrt(1 / (LEFT_OUT - 1)): how much resamples deviate from the sample, samples taken as 1
+SHARE_OF_DEVIATION = (LEFT_OUT - 1) ** -0.5  # how much resamples deviate from the sample, samples taken as 1
 MISSING = 0.1  # the largest share of resamples without a value that an interval may have
 
 
@@ -150,9 +150,9 @@ def best_diversity_at(quality: np.ndarray, diversity: np.ndarray, at: np.ndarray
 def value_at(value: np.ndarray, dialled: np.ndarray, at: np.ndarray) -> np.ndarray:
     """(1 + R,) `value` of a baseline with its dial turned until another measure, `dialled`, has reached `at`.
 
-    `value` and `dialled` are (K, 1 + R): K settings in the order of the dial. Such as quality at equal diversity. The
-    first point along the dial counts, on the straight line between two settings; its start where that has reached `at`
-    already. nan where no setting has.
+    `value` and `dialled` are (K, 1 + R): K settings in the order of the dial. With `dialled` for diversity and
+    `value` for quality, it is the quality at equal diversity. The first point along the dial counts, on the straight
+    line between two settings; its start where that has reached `at` already. nan where no setting has.
 
         >>> quality, diversity = np.array([[3.0], [2.0], [1.0]]), np.array([[10.0], [20.0], [40.0]])
         >>> value_at(quality, diversity, at=np.array([30.0])).tolist()

@@ -128,7 +128,7 @@ def test_records_of_other_data_cannot_be_verified(start, monkeypatch, tmp_path, 
 @pytest.mark.parametrize("came", ["0", "-1", "two"])
 def test_a_number_of_processes_that_is_none(start, capsys, came):
     with pytest.raises(SystemExit):
-        start("--jobs", came)
+        start("--list", "--jobs", came)
     assert f"argument --jobs: '{came}' came; accepted are whole numbers from 1 on" in capsys.readouterr().err
 
 
