@@ -23,6 +23,8 @@ from benchmarks.quality.intervals import Estimate, best_diversity_at, difference
 from benchmarks.quality.report.evidence import Reading, TaskEvidence
 from benchmarks.quality.scoring import BUCKETS
 
+QUESTIONS = ("natural", "adjusted", "equal quality", "equal ROUGE-L", "equal diversity", "undone", "equal NLL")
+QUESTIONS += ("straight lines",)
 MODES = ("greedy", "sampled")
 CROSS_ENTROPY = Reading("cross-entropy")
 ADJUSTED = [CROSS_ENTROPY, *(Reading("cross-entropy", f"adjusted-{tau:g}") for tau in ALPHAS)]
@@ -82,8 +84,8 @@ def answers(evidence: TaskEvidence) -> Iterator[Answer]:
     for arm in [arm for arm in evidence.arms if ARMS[arm].trained and arm != CROSS_ENTROPY.arm]:
         reading, half, undone = Reading(arm), Reading(arm, "half-undone"), Reading(arm, "undone")
         is_pdl = arm.startswith("pdl-")
-        same = Reading("cross-entropy", arm.replace("pdl-", "adjusted-").replace("paper", "1"))  # exponent
-        paired = [("natural", CROSS_ENTROPY), *([("adjusted", same)] if is_pdl else [])]
+        same_exponent = Reading("cross-entropy", arm.replace("pdl-", "adjusted-").replace("paper", "1"))
+        paired = [("natural", CROSS_ENTROPY), *([("adjusted", same_exponent)] if is_pdl else [])]
         for mode in MODES:
             for question, other in paired:
                 for measure in PAIRED:
@@ -96,7 +98,7 @@ def answers(evidence: TaskEvidence) -> Iterator[Answer]:
                     yield from at_equal_diversity(evidence, mode, one, curve)
         if not is_pdl:
             continue
-        for question, one, other in (("undone", undone, CROSS_ENTROPY), ("adjusted", reading, same)):
+        for question, one, other in (("undone", undone, CROSS_ENTROPY), ("adjusted", reading, same_exponent)):
             for bucket in (None, *BUCKETS):
                 change = difference(evidence.nll(one, bucket), evidence.nll(other, bucket))
                 yield answer(evidence, question, "", one, other.title, f"nll {bucket or 'all'}", change)
@@ -141,6 +143,7 @@ def at_equal_diversity(evidence: TaskEvidence, mode: str, reading: Reading, curv
 
 
 def at_equal_nll(evidence: TaskEvidence, reading: Reading) -> Iterator[Answer]:
+    """Below 0 PDL is better, unlike elsewhere."""
     own = evidence.nll(reading)
     for curve, settings in (("adjusted logits", ADJUSTED), ("temperature", hotter())):
         whole, rare = (np.stack([evidence.nll(one, bucket) for one in settings]) for bucket in (None, "rare"))

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.quality.cache import explained
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import estimate
-from benchmarks.quality.report.comparisons import Answer, answers
+from benchmarks.quality.report.comparisons import QUESTIONS, Answer, answers
 from benchmarks.quality.report.evidence import RESAMPLES, TaskEvidence, load_task, readings
 from benchmarks.quality.report.plots import plot_frontier, plot_nll
 from benchmarks.quality.report.tables import (
@@ -34,8 +34,6 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "benchmarks" / "results" / "quality" / "cpu"  # of the records that docs/ is about
 PAGE = ROOT / "docs" / "evidence.md"
 TABLES = ROOT / "docs" / "evidence_tables.md"
-QUESTIONS = ("natural", "adjusted", "equal quality", "equal ROUGE-L", "equal diversity", "straight lines", "undone")
-QUESTIONS += ("equal NLL",)
 MODES_OF_A_TABLE = (("greedy",), ("sampled",), ("sampled", "greedy"), ())  # none where no text is written
 MARK = re.compile(r"(<!-- generated: (?P<name>[^>]*?) -->\n)(?P<content>.*?)(<!-- end -->)", re.DOTALL)
 
@@ -147,7 +145,7 @@ def cost(evidences: Sequence[TaskEvidence]) -> str:
 
 
 def counted(values: Iterable[Any]) -> str:
-    """Each different value, with how often it came where there are several."""
+    """Each different value, with how often it came unless all came equally often."""
     found = Counter(map(str, values))
     if len(set(found.values())) == 1:
         return ", ".join(found)
