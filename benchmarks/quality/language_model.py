@@ -136,12 +136,9 @@ class LanguageModel:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it faster than float32, as GPUs and CPUs with AMX or AVX-512 BF16 do."""
-    if device.type == "cpu":
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    else:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+    """bfloat16, but for GPUs that cannot multiply it; CPUs that cannot have `benchmarks.quality.products`."""
+    known = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if known else torch.float32
 
 
 def convert(part: nn.Module, dtype: torch.dtype) -> None:

@@ -28,6 +28,7 @@ from benchmarks.quality.language_model import LanguageModel
 from benchmarks.quality.metrics.per_text import rouge_l_of_others, score_texts
 from benchmarks.quality.metrics.words import ngrams, words
 from benchmarks.quality.prepare import Prepared, is_prepared, prepare
+from benchmarks.quality.products import multiplied_by
 from benchmarks.quality.scoring import BUCKETS, find_targets, score
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.tasks import TASKS
@@ -142,6 +143,7 @@ class Experiment:
             "threads": torch.get_num_threads(),
             "model": self.model.name,
             "compute_dtype": str(self.model.compute_dtype).removeprefix("torch."),
+            "products": multiplied_by(device, self.model.compute_dtype),
             "packages": {package: environment.version(package) for package in PACKAGES},
         }
 

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.quality.cache import explained
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.intervals import estimate
+from benchmarks.quality.products import HARDWARE
 from benchmarks.quality.report.comparisons import QUESTIONS, Answer, answers
 from benchmarks.quality.report.evidence import RESAMPLES, TaskEvidence, load_task, readings
 from benchmarks.quality.report.plots import plot_frontier, plot_nll
@@ -138,7 +139,8 @@ def cost(evidences: Sequence[TaskEvidence]) -> str:
             f"- {evidence.name}: {len(runs)} models, seeds {', '.join(map(str, evidence.seeds))}; {spent}, together "
             f"{sum(stages.values()) / 3600:.1f} h of a process; {before} for data and frozen layers. "
             f"{counted(one['device'] for one in environments)}; {counted(one['threads'] for one in environments)} "
-            f"thread(s) a process, {counted(one['compute_dtype'] for one in environments)}; {counted(packages)}; "
+            f"thread(s) a process, {counted(one['compute_dtype'] for one in environments)}, products by "
+            f"{counted(one.get('products', HARDWARE) for one in environments)}; {counted(packages)}; "
             f"commits {counted(one['commit'] for one in environments)}."
         )
     return "\n".join(lines) + "\n"
