@@ -18,7 +18,8 @@ from pdl_kernels.weights.files import replace_file
 PDL = [Reading(f"pdl-{alpha:g}") for alpha in ALPHAS]
 OTHERS = [Reading("pdl-paper"), Reading("inverse-square-root"), Reading("focal"), Reading("untouched")]
 COLOURS = {"cross entropy": "black", "adjusted logits": "tab:blue", "temperature": "tab:orange", "PDL": "tab:red"}
-LABELS_AT = {"adjusted logits": (4, 4, "left"), "temperature": (-4, -10, "right"), "PDL": (-4, 4, "right")}  # points
+LABELS_AT = {"adjusted logits": (4, 4), "temperature": (-4, -10), "PDL": (-4, 4)}  # points; elsewhere if taken
+PLACES = ((4, 4), (-4, 4), (-4, -10), (4, -10), (7, -3), (-7, -3), (0, 8), (0, -14), (12, 10), (-12, 10), (12, -16))
 MARKER_OF_ALPHA = {"pdl-0.25": "v", "pdl-0.4": "o", "pdl-1": "s"}
 NLL_TICKS = (-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3)
 MARKERS = dict(zip((reading.arm for reading in OTHERS), "DsPX", strict=True))
@@ -48,6 +49,8 @@ def plot_frontier(evidences: Sequence[TaskEvidence], path: Path, modes: Sequence
     handles, labels = axes[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.16 / len(modes), 1, 1))
+    for axis in axes.flat:
+        _spread_labels(axis)
     _save(figure, path)
 
 
@@ -87,18 +90,43 @@ def plot_nll(evidences: Sequence[TaskEvidence], path: Path) -> None:
 
 
 def _curve(axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, str]], name: str, label: str) -> None:
-    from matplotlib import patheffects
-
     shown = [(one, mode) for one, mode in points if one.arm in evidence.arms and evidence.has_texts(one, mode)]
     if len(shown) < 2:
         return
     at = _bars(axis, evidence, shown, color=COLOURS[name], marker="o", ms=4, label=label)
-    right, up, side = LABELS_AT[name]
-    look = {"ha": side, "fontsize": 7, "color": COLOURS[name], "zorder": 6}
-    outline = [patheffects.withStroke(linewidth=2, foreground="white")]
+    look = {"fontsize": 7, "color": COLOURS[name], "zorder": 6, "path_effects": [_outline()]}
     for (reading, mode), place in zip(shown, at, strict=True):
         dial = "greedy" if mode != points[-1][1] else _dial(reading)
-        axis.annotate(dial, place, (right, up), textcoords="offset points", path_effects=outline, **look)
+        if dial:
+            _move(axis.annotate(dial, place, LABELS_AT[name], textcoords="offset points", **look), LABELS_AT[name])
+
+
+def _spread_labels(axis: Any) -> None:
+    """Each label stands inside the axes where there is neither a point nor a label; if nowhere, it is left out.
+
+    The points of a curve are in the order of their dial, so that it can be read without.
+    """
+    from matplotlib.transforms import Bbox
+
+    renderer = axis.figure.canvas.get_renderer()
+    inside = axis.get_window_extent(renderer)
+    points = axis.transData.transform([label.xy for label in axis.texts])
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in points]  # pixels
+    for label in axis.texts:
+        for place in (label.xyann, *PLACES):
+            _move(label, place)
+            box = label.get_window_extent(renderer)
+            if inside.contains(*box.min) and inside.contains(*box.max) and box.count_overlaps(taken) == 0:
+                taken.append(box)
+                break
+        else:
+            label.set_visible(False)
+
+
+def _move(label: Any, place: tuple[int, int]) -> None:
+    """To so many points right of and above what it labels."""
+    label.xyann = place
+    label.set_ha("left" if place[0] > 0 else "right" if place[0] < 0 else "center")
 
 
 def _point(
@@ -121,6 +149,12 @@ def _bars(
     margins = ([one.high - one.value for one in found] for found in (quality, diversity))
     axis.errorbar(x, y, **dict(zip(("xerr", "yerr"), margins, strict=True)), elinewidth=0.4, **look)
     return list(zip(x, y, strict=True))
+
+
+def _outline() -> Any:
+    from matplotlib import patheffects
+
+    return patheffects.withStroke(linewidth=2, foreground="white")
 
 
 def _dial(reading: Reading) -> str:
