@@ -281,10 +281,12 @@ class TestPage:
             return {"environment": environment | {"device": device, "commit": commit}, "seconds": {"training": seconds}}
 
         runs = [run("Xeon", "b", 10.0), run("EPYC", "a", 5.0), run("Xeon", "b", 3585.0)]
+        runs[1]["environment"]["products"] = "float32, rounded"
         made_up = replace(evidence, runs={("focal", seed): one for seed, one in enumerate(runs)})
         (line,) = page.cost([made_up]).splitlines()
         assert "3 models, seeds 0, 1, 2; training 3,600 s, together 1.0 h of a process;" in line
-        assert "EPYC (1), Xeon (2); 1 thread(s) a process, float32; torch 2.13.0; commits a (1), b (2)." in line
+        assert "EPYC (1), Xeon (2); 1 thread(s) a process, float32, products by float32, rounded (1), " in line
+        assert "the hardware (2); torch 2.13.0; commits a (1), b (2)." in line
 
     def test_it_is_filled_between_its_marks(self, folder):
         evidences = [load_task(folder, "dialogue", resamples=5)]
