@@ -30,7 +30,7 @@ from benchmarks.quality.language_model import compute_dtype, load, version_of
 from benchmarks.quality.listing import print_list
 from benchmarks.quality.matrix import Experiment, plan, run_all
 from benchmarks.quality.metrics.per_text import require_scorers
-from benchmarks.quality.products import products
+from benchmarks.quality.products import HARDWARE, multiplied_by, products
 from benchmarks.quality.settings import for_device, quick
 from benchmarks.quality.tasks import OFFLINE, TASKS
 
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--dtype",
         choices=("bfloat16", "float32"),
-        help="of the products (default: bfloat16; float32 on GPUs without it)",
+        help="of the products (default: bfloat16; float32 on GPUs without it, and for --quick on CPUs without it)",
     )
     add("--jobs", type=count, metavar="N", help="processes (default: one for each core, 8 on a GPU; 1 for --quick)")
     add("--cache", type=Path, default=ROOT / ".cache" / "quality", help="what the stages keep (default: %(default)s)")
@@ -91,7 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     device = choose_device(options.device)
-    dtype = getattr(torch, options.dtype) if options.dtype else compute_dtype(device)
+    if options.dtype:
+        dtype = getattr(torch, options.dtype)
+    elif options.quick and multiplied_by(device, torch.bfloat16) != HARDWARE:
+        dtype = torch.float32  # in small batches converting costs more than multiplying
+    else:
+        dtype = compute_dtype(device)
     try:
         version = version_of(options.model)
     except UserError:  # the list does without the model
