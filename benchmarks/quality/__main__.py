@@ -91,12 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, arguments: list[str]) -> None:
     device = choose_device(options.device)
-    if options.dtype:
-        dtype = getattr(torch, options.dtype)
-    elif options.quick and multiplied_by(device, torch.bfloat16) != HARDWARE:
-        dtype = torch.float32  # in small batches converting costs more than multiplying
-    else:
-        dtype = compute_dtype(device)
+    dtype = choose_dtype(options.dtype, device, options.quick)
     try:
         version = version_of(options.model)
     except UserError:  # the list does without the model
@@ -155,6 +150,14 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def choose_dtype(name: str | None, device: torch.device, quick: bool) -> torch.dtype:
+    if name:
+        return getattr(torch, name)
+    if quick and multiplied_by(device, torch.bfloat16) != HARDWARE:
+        return torch.float32  # in small batches converting costs more than multiplying
+    return compute_dtype(device)
 
 
 if __name__ == "__main__":

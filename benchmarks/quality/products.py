@@ -1,7 +1,7 @@
 """Products of bfloat16 numbers on CPUs without instructions for them.
 
-torch's own matrix products have an eighth of float32's speed there (its attention is no slower). Products in float32,
-rounded at the end, are what the instructions compute: they, too, add in float32, perhaps in another order.
+torch's own matrix products are slow there. Products in float32, rounded at the end, are what the instructions compute:
+they, too, add in float32, perhaps in another order. Attention is left to torch.
 """
 
 from __future__ import annotations

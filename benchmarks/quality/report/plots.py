@@ -98,7 +98,7 @@ def _curve(axis: Any, evidence: TaskEvidence, points: Sequence[tuple[Reading, st
     for (reading, mode), place in zip(shown, at, strict=True):
         dial = "greedy" if mode != points[-1][1] else _dial(reading)
         if dial:
-            _move(axis.annotate(dial, place, LABELS_AT[name], textcoords="offset points", **look), LABELS_AT[name])
+            axis.annotate(dial, place, LABELS_AT[name], textcoords="offset points", **look)
 
 
 def _spread_labels(axis: Any) -> None:

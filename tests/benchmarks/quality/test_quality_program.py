@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.quality import files_in, make_task, save_model, use_task
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 pytest.importorskip("rich", reason="rich, which prints the list, is not installed")
 
@@ -17,6 +18,7 @@ from benchmarks.quality import __main__ as program
 from benchmarks.quality import listing, records
 from benchmarks.quality.errors import UserError
 from benchmarks.quality.matrix import Run
+from benchmarks.quality.products import ProductsInFloat32
 from benchmarks.quality.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,6 +92,32 @@ def test_task_arm_seed_dtype_and_folder_can_be_chosen(start, tmp_path):
     assert (record["seed"], record["environment"]["compute_dtype"]) == (7, "bfloat16")
     assert record["settings"]["layers"] == 3
     assert not list(tmp_path.glob("quality-*"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "dtype", "in_float32"),
+    [
+        (["--jobs", "1"], torch.bfloat16, True),
+        (["--quick"], torch.float32, False),  # its batches are small
+        (["--quick", "--dtype", "bfloat16"], torch.bfloat16, True),
+    ],
+)
+@pytest.mark.usefixtures("_scores", "start")
+def test_a_cpu_without_bfloat16(chosen, dtype, in_float32, monkeypatch, tmp_path, model_folder):
+    for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, instructions, lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    seen = []
+
+    def run_all(experiment, runs):
+        products = isinstance(_get_current_dispatch_mode(), ProductsInFloat32)
+        seen.append((experiment.model.compute_dtype, products, experiment.environment()["products"]))
+
+    monkeypatch.setattr(program, "run_all", run_all)
+    folders = ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    rest = ["--model", model_folder, "--device", "cpu", "--task", "style", "--layers", "3"]
+    assert program.main([*rest, *folders, *chosen]) == 0
+    assert seen == [(dtype, in_float32, "float32, rounded" if in_float32 else "the hardware")]
 
 
 @pytest.mark.usefixtures("_scores")
