@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.quality.report.plots import LABELS_AT, _axes, _spread_labels
 
-CLOSE = [(0.5, 0.5), (0.51, 0.5), (0.5, 0.52), (0.53, 0.51), (0.0, 0.0), (1.0, 1.0)]
+CLOSE = [(0.5, 0.5), (0.51, 0.5), (0.5, 0.52), (0.53, 0.51), (0.0, 0.0), (1.0, 1.0), (0.03, 0.3), (0.7, 0.98)]
 
 
 def labelled(points: list[tuple[float, float]]):

@@ -246,10 +246,12 @@ class TestTables:
 
 class TestPlots:
     def test_the_frontier_is_where_the_tables_say(self, evidence, tmp_path, monkeypatch):
-        drawn = []
+        drawn, spread = [], []
         monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+        monkeypatch.setattr(plots, "_spread_labels", spread.append)
         plots.plot_frontier([evidence], tmp_path / "unused.png", modes=("sampled",))
         (axis,) = drawn[0].axes
+        assert spread == [axis]
         marks = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
         for label, reading in (("cross entropy", CROSS_ENTROPY), ("untouched", Reading("untouched"))):
             at = [100 * evidence.series(reading, "sampled", measure)[0] for measure in ("own_rouge_l", "diversity")]
