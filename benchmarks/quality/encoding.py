@@ -16,6 +16,7 @@ from benchmarks.quality.language_model import LanguageModel
 from benchmarks.quality.tasks.pairs import Pair, Task
 
 IGNORED = -100
+PAIRS_AT_A_TIME = 1024
 TOKENS_AT_A_TIME = 4096
 
 
@@ -32,27 +33,35 @@ class Encoded:
         return self.prompt + self.targets[:-1]
 
 
-def encode(pair: Pair, task: Task, tokenizer: Any) -> Encoded:
-    """The reference is tokenized by itself: the template's prompt ends before it."""
+def encode(pairs: Sequence[Pair], task: Task, tokenizer: Any) -> list[Encoded]:
+    """References are tokenized by themselves: the template's prompt ends before them."""
+    conversations = [pair.messages(task.instruction) for pair in pairs]
     try:
-        prompt = tokenizer.apply_chat_template(
-            pair.messages(task.instruction), add_generation_prompt=True, tokenize=True, return_dict=False
+        prompts = tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except TemplateError as error:
         raise UserError(f"the model's chat template refuses the messages of {task.name}: {error}") from None
-    reference = tokenizer(pair.reference, add_special_tokens=False)["input_ids"]
-    return Encoded(prompt, [*reference, tokenizer.eos_token_id])
+    references = tokenizer([pair.reference for pair in pairs], add_special_tokens=False)["input_ids"]
+    return [
+        Encoded(prompt, [*reference, tokenizer.eos_token_id])
+        for prompt, reference in zip(prompts, references, strict=True)
+    ]
 
 
 def encode_those_that_fit(pairs: Sequence[Pair], task: Task, tokenizer: Any) -> list[tuple[Pair, Encoded]]:
     """Pairs within the task's limits, in their order, with their ids."""
-    progress = tqdm(pairs, desc=f"{task.name}: tokenizing", unit="pair", dynamic_ncols=True, leave=False)
-    encoded = ((pair, encode(pair, task, tokenizer)) for pair in progress)
-    return [
-        (pair, ids)
-        for pair, ids in encoded
-        if len(ids.prompt) <= task.prompt_tokens and 1 < len(ids.targets) <= task.new_tokens
-    ]
+    fitting: list[tuple[Pair, Encoded]] = []
+    with tqdm(total=len(pairs), desc=f"{task.name}: tokenizing", unit="pair", dynamic_ncols=True, leave=False) as bar:
+        for start in range(0, len(pairs), PAIRS_AT_A_TIME):
+            some = pairs[start : start + PAIRS_AT_A_TIME]
+            fitting += [
+                (pair, ids)
+                for pair, ids in zip(some, encode(some, task, tokenizer), strict=True)
+                if len(ids.prompt) <= task.prompt_tokens and 1 < len(ids.targets) <= task.new_tokens
+            ]
+            bar.update(len(some))
+    return fitting
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ def quick(settings: Settings) -> Settings:
     """Small enough for a few minutes on two cores; what it finds means nothing."""
     return replace(
         settings,
-        training_pairs=192,
-        validation_pairs=24,
-        held_out_pairs=24,
+        training_pairs=128,
+        validation_pairs=12,
+        held_out_pairs=12,
         learning_rates=settings.learning_rates[1:2],
         search_steps=4,
         seeds=1,

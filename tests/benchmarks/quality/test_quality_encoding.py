@@ -22,7 +22,7 @@ PAIR = Pair(("What is it?", "The wind.", "And today?"), "The weather is fine.", 
 
 def test_a_pair_is_asked_in_the_template_and_answered_up_to_eos():
     tokenizer = make_chat_tokenizer()
-    found = encode(PAIR, make_task(), tokenizer)
+    (found,) = encode([PAIR], make_task(), tokenizer)
     assert tokenizer.decode(found.prompt) == (
         "<|im_start|>system\nAnswer.<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n"
         "<|im_start|>assistant\nThe wind.<|im_end|>\n<|im_start|>user\nAnd today?<|im_end|>\n<|im_start|>assistant\n"
@@ -33,20 +33,27 @@ def test_a_pair_is_asked_in_the_template_and_answered_up_to_eos():
 
 def test_nothing_is_put_in_front_of_a_reference():
     tokenizer = make_chat_tokenizer(family="llama")  # it puts BOS before every text
-    found = encode(PAIR, make_task(), tokenizer)
+    (found,) = encode([PAIR], make_task(), tokenizer)
     assert tokenizer.decode(found.targets) == "The weather is fine.<|eot_id|>"
 
 
 def test_a_template_that_refuses_the_messages_is_told():
     tokenizer = make_chat_tokenizer(chat_template="{{ raise_exception('no system message, please') }}")
     with pytest.raises(UserError, match=r"refuses the messages of dialogue: no system message, please"):
-        encode(PAIR, make_task(), tokenizer)
+        encode([PAIR], make_task(), tokenizer)
 
 
-def test_pairs_beyond_the_tasks_limits_are_left_out():
+def test_many_pairs_are_encoded_as_each_by_itself():
+    tokenizer, task = make_chat_tokenizer(), make_task()
+    pairs = [*made_up_pairs(5), PAIR]
+    assert encode(pairs, task, tokenizer) == [encode([pair], task, tokenizer)[0] for pair in pairs]
+
+
+def test_pairs_beyond_the_tasks_limits_are_left_out(monkeypatch):
+    monkeypatch.setattr(encoding, "PAIRS_AT_A_TIME", 7)
     tokenizer, task = make_chat_tokenizer(), make_task()
     pairs = made_up_pairs(30)
-    every = [(pair, encode(pair, task, tokenizer)) for pair in pairs]
+    every = list(zip(pairs, encode(pairs, task, tokenizer), strict=True))
     assert encode_those_that_fit(pairs, task, tokenizer) == every
     longest_prompt = max(len(ids.prompt) for _, ids in every)
     longest_targets = max(len(ids.targets) for _, ids in every)
