@@ -110,7 +110,8 @@ def _spread_labels(axis: Any) -> None:
 
     renderer = axis.figure.canvas.get_renderer()
     inside = axis.get_window_extent(renderer)
-    points = axis.transData.transform([label.xy for label in axis.texts])
+    marked = [line.get_xydata() for line in axis.get_lines() if line.get_marker() != "None"]
+    points = axis.transData.transform([place for line in marked for place in line])
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in points]  # pixels
     for label in axis.texts:
         for place in (label.xyann, *PLACES):

@@ -49,6 +49,20 @@ def test_a_label_without_room_is_left_out():
     assert all(box.count_overlaps(boxes) == 1 for box in boxes)
 
 
+def test_labels_keep_clear_of_points_that_have_none():
+    axis = labelled([(0.5, 0.5)])
+    _spread_labels(axis)
+    (before,) = boxes_of(axis)
+    unlabelled = axis.transData.inverted().transform((before.min + before.max) / 2)
+    axis.plot(*unlabelled, "-")  # the end of a line is no point
+    _spread_labels(axis)
+    assert boxes_of(axis)[0].bounds == before.bounds
+    axis.plot(*unlabelled, "D")
+    _spread_labels(axis)
+    (box,) = boxes_of(axis)
+    assert not box.contains(*axis.transData.transform(unlabelled))
+
+
 def test_labels_with_room_stay():
     axis = labelled([(0.2, 0.2), (0.8, 0.8)])
     _spread_labels(axis)
