@@ -127,7 +127,7 @@ def test_records_can_be_verified(start, tmp_path, capsys):
     verify = ("--verify", "--out", str(out), "--task", "style", "--task", "dialogue")
     assert start(*verify) == 0
     told = capsys.readouterr().out
-    assert "style: 2 sets of 24 texts have the scores that are recorded" in told
+    assert "style: 2 sets of 12 texts have the scores that are recorded" in told
     assert f"dialogue: no records in {out}" in told
     task = records.read(records.task_path(out, "style"))
     other = task | {"references": task["references"] | {"words": [1] * 24}}
