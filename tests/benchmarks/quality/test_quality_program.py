@@ -130,7 +130,7 @@ def test_records_can_be_verified(start, tmp_path, capsys):
     assert "style: 2 sets of 12 texts have the scores that are recorded" in told
     assert f"dialogue: no records in {out}" in told
     task = records.read(records.task_path(out, "style"))
-    other = task | {"references": task["references"] | {"words": [1] * 24}}
+    other = task | {"references": task["references"] | {"words": [1] * 12}}
     records.write(records.task_path(out, "style"), other)
     assert start(*verify) == 2
     assert "task.json.xz: the recorded scores of the references are not those" in capsys.readouterr().err
