@@ -157,7 +157,15 @@ def test_a_hanging_stage_takes_its_children_along(tmp_path):
     assert left.stdout == ""
 
 
-def test_a_stage_whose_time_is_over_may_say_what_it_found(tmp_path):
+@pytest.fixture
+def hears_interruptions():
+    """As the program makes sure: a shell's background job ignores SIGINT, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stage_whose_time_is_over_may_say_what_it_found(tmp_path, hears_interruptions):
     speaks = """
 import time
 try:
