@@ -94,4 +94,4 @@ def test_no_file_comes_round_to_itself():
 
 def test_the_root_holds_folders_and_little_else():
     files = {path.name for path in PACKAGE.glob("*.py")}
-    assert files == {"__init__.py", "options.py", "backends.py", "distributed.py", "errors.py"}
+    assert files == {"__init__.py", "options.py", "backends.py", "errors.py"}

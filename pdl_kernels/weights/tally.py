@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pdl_kernels import distributed
+from pdl_kernels.distributed import groups
 from pdl_kernels.data.batches import Batches
 from pdl_kernels.data.labels import Block, count_documents, count_ids
 from pdl_kernels.data.tokenizers import special_token_ids
@@ -192,8 +192,8 @@ class Tally:
             RuntimeError: torch.distributed is not initialised.
             ValueError: ranks with different vocabularies, or only some with documents; on every rank.
         """
-        distributed.require("all_reduce")
-        extremes = distributed.extremes([self.vocab_size, int(self.document_counts is not None)], group)
+        groups.require("all_reduce")
+        extremes = groups.extremes([self.vocab_size, int(self.document_counts is not None)], group)
         if any(smallest != largest for smallest, largest in extremes):
             sizes, documents = extremes
             raise ValueError(
@@ -203,7 +203,7 @@ class Tally:
         parts = [self.counts, torch.tensor([self.sequences, self.rows_read, self.left_out])]
         if self.document_counts is not None:
             parts.append(self.document_counts)
-        sums = distributed.sums(parts, group)
+        sums = groups.sums(parts, group)
         self.counts = sums[0]
         self.sequences, self.rows_read, self.left_out = sums[1].tolist()
         if self.document_counts is not None:
