@@ -40,7 +40,7 @@ from pdl_kernels.doctor import correctness
 from pdl_kernels.doctor.cases import RECIPES, Case, cases_for
 from pdl_kernels.kernels import launch
 from pdl_kernels.kernels.planner import RowLaunch
-from pdl_kernels.ops.cross_entropy import empty_gradient
+from pdl_kernels.ops.rows import empty_gradient
 from pdl_kernels.options import LossInputs
 
 TARGET = "sm_90"

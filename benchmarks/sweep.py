@@ -43,7 +43,7 @@ from benchmarks.timing import make_stopwatch, summarize, time_limit
 from pdl_kernels.backends import interpreted
 from pdl_kernels.kernels import launch
 from pdl_kernels.kernels.planner import RowLaunch
-from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
+from pdl_kernels.ops.rows import as_rows, empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions
 
 WARM_UP, ROUNDS = 2, 7

@@ -108,6 +108,17 @@ def backend_module(backend: str) -> ModuleType:
     return cross_entropy
 
 
+def shards_module(backend: str) -> ModuleType:
+    """The module with shard_rows and merge_shards, for a vocabulary that is split over ranks."""
+    if backend == "triton":
+        from pdl_kernels.kernels import shard_launch
+
+        return shard_launch
+    from pdl_kernels.eager import shards
+
+    return shards
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modes and transforms that surround a call
 

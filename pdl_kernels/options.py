@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict, get_args, get_origin, 
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "token_mean", "sum", "none")
 BACKENDS = ("auto", "triton", "eager")
@@ -142,6 +143,10 @@ class LinearOptions(NamedTuple):
             high=1,
         ),
     ] = 0.0
+    sequence_parallel: Annotated[
+        bool,
+        Option("`hidden` holds this rank's even share of dimension 0, and `targets` all of it; only with `group`"),
+    ] = False
 
 
 class CallOptions(NamedTuple):
@@ -175,6 +180,13 @@ class CallOptions(NamedTuple):
             choices=BACKENDS,
         ),
     ] = "auto"
+    group: Annotated[
+        ProcessGroup | None,
+        Option(
+            "the ranks over which the vocabulary is split: see [distributed.md](distributed.md)",
+            "a ProcessGroup that this process belongs to, or None; of a DeviceMesh: mesh.get_group()",
+        ),
+    ] = None
 
 
 DECLARED: dict[type, tuple[Declared, ...]] = {
@@ -194,6 +206,7 @@ class LossKeywords(TypedDict, total=False):
     logit_scale: float
     expected_upstream: float | Tensor
     backend: str
+    group: ProcessGroup | None
 
 
 class CrossEntropyKeywords(LossKeywords, total=False):
@@ -209,6 +222,7 @@ class LinearKeywords(LossKeywords, total=False):
     accumulate_dtype: torch.dtype
     compact: bool | None
     row_sampling: float
+    sequence_parallel: bool
 
 
 class LossStats(NamedTuple):
@@ -229,6 +243,16 @@ class LossStats(NamedTuple):
     token_count: Tensor
 
 
+class Shard(NamedTuple):
+    """Which columns of a vocabulary that is split over ranks the logits hold."""
+
+    first: int  # column of the whole that is the logits' first
+    vocab_size: int  # columns of the whole
+    # Targets are columns of the whole, and the table of weights holds those of the logits' columns alone. So what it
+    # says of a target, which may lie elsewhere, comes apart from it.
+    row_weights: Tensor | None = None  # (N,) w(y_i); None: all 1, or not known yet
+
+
 class LossInputs(NamedTuple):
     """The tensors of one call: as users give them, and as both backends take them, with N = rows_outer * rows_inner."""
 
@@ -238,6 +262,21 @@ class LossInputs(NamedTuple):
     token_weights: Tensor | None  # (...); for backends (N,)
     normalizer: Tensor | float | None = None  # 0-d; for backends on the logits' device
     expected_upstream: Tensor | float = 1.0  # 0-d; for backends on the logits' device
+    shard: Shard | None = None  # None: the logits hold every column
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the whole vocabulary, which targets are numbers of."""
+        return self.logits.shape[-1] if self.shard is None else self.shard.vocab_size
+
+    def take(self, rows: "slice | Tensor", logits: Tensor) -> "LossInputs":
+        """These rows of what backends take, with their logits."""
+        u, shard = self.token_weights, self.shard
+        if shard is not None and shard.row_weights is not None:
+            shard = shard._replace(row_weights=shard.row_weights[rows])
+        return self._replace(
+            logits=logits, targets=self.targets[rows], token_weights=None if u is None else u[rows], shard=shard
+        )
 
 
 class RowOutputs(NamedTuple):
@@ -255,6 +294,26 @@ class LossOutputs(NamedTuple):
     row_state: Tensor  # (2, N): maximum of the raw logits; sum of exp(z - z of that maximum)
     scalars: Tensor  # (7,): see SCALARS
     token_count: Tensor | None  # (), int64; the Triton backend counts only for statistics
+
+
+class ShardLayout(NamedTuple):
+    """Where the numbers stand that ranks exchange of every row: rows of an (F, N) tensor."""
+
+    row_max: int = 0  # maximum of the raw logits in the rank's columns, at least the lowest finite value
+    row_sum: int = 1  # sum of exp(z - z of that maximum) over them
+    target_logit: int = 2  # x_y; 0 where another rank has the column
+    smoothing: int | None = None  # sum_j w_j (z of that maximum - z_j)
+    row_weights: int | None = None  # w(y_i); 0 where another rank has the column
+
+    @classmethod
+    def of(cls, *, smoothing: bool, row_weights: bool) -> "ShardLayout":
+        """Smoothing needs one more number, and so do weights of which every rank has its own columns' alone."""
+        return cls(smoothing=3 if smoothing else None, row_weights=(3 + smoothing) if row_weights else None)
+
+    @property
+    def numbers(self) -> int:
+        """F"""
+        return sum(place is not None for place in self)
 
 
 class LinearInputs(NamedTuple):

@@ -18,8 +18,8 @@ MAY_IMPORT = {
     "kernels": {"options"},
     "eager": {"options"},
     "backends": {"kernels", "eager"},  # one of the two, when it is chosen
-    "ops": {"options", "backends"},
-    "losses": {"options", "backends", "ops"},
+    "ops": {"options", "backends", "distributed"},
+    "losses": {"options", "backends", "ops", "distributed"},
     "distributed": set(),
     "data": {"errors"},
     "weights": {"data", "distributed"},

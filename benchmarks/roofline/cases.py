@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.inputs import VOCABULARIES
 from pdl_kernels.kernels import launch
 from pdl_kernels.kernels.planner import TWO_PASSES, plan_loss
-from pdl_kernels.ops.cross_entropy import empty_gradient
+from pdl_kernels.ops.rows import empty_gradient
 from pdl_kernels.options import SCALARS, LossInputs, LossOptions
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -21,6 +21,7 @@ from pdl_kernels.eager.row_math import (
     denominators_of,
     factors_of,
     is_untransformed,
+    local_targets,
     lse_parts,
     product,
     smoothing_sum,
@@ -43,7 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _plain_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
+def plain_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
     """Neither recorded by autograd nor cast by autocast. The first argument says on which device."""
 
     @functools.wraps(function)
@@ -60,7 +61,7 @@ def _plain_arithmetic(function: Callable[P, R]) -> Callable[P, R]:
 # The six functions that both backends have
 
 
-@_plain_arithmetic
+@plain_arithmetic
 def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -> LossOutputs:
     """The loss, and its gradient for the expected upstream gradient written to `gradient` where one is given."""
     scalars, token_count = denominators(inputs, options)
@@ -69,7 +70,7 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
     return LossOutputs(loss, rows.state, scalars, token_count)
 
 
-@_plain_arithmetic
+@plain_arithmetic
 def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
     scalars, token_count = denominators_of(inputs, options, tokens_of(inputs, options))
@@ -85,7 +86,7 @@ def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tens
     return scalars, token_count
 
 
-@_plain_arithmetic
+@plain_arithmetic
 def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradient: Tensor | None) -> RowOutputs:
     """Each row's loss, and the gradient for the expected upstream gradient written to `gradient` where one is given.
 
@@ -121,8 +122,23 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
             _write_gradient(gradient, piece, inputs, options, tokens, gradient_factors, scalars, p, lse)
 
     z_max, log_sum = lse_parts(row_max, largest, options, dtype)
+    row_state = torch.stack((row_max.to(dtype), 1 / largest))
+    return row_outputs(options, tokens, factors, x_y, row_state, z_max, log_sum, smoothing_sums)
+
+
+def row_outputs(
+    options: LossOptions,
+    tokens: Tokens,
+    factors: Factors,
+    x_y: Tensor,  # (N,) raw logits of the targets
+    row_state: Tensor,  # (2, N)
+    z_max: Tensor,  # (N,) largest logit, transformed
+    log_sum: Tensor,  # (N,) log sum_j exp(z_j - z_max)
+    smoothing_sums: Tensor | None,  # (N,) sum_j w_j (lse - z_j)
+) -> RowOutputs:
+    """Each row's loss and statistics from what was found in its logits."""
     # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
-    cross_entropy = (z_max - transformed(x_y, options, dtype)) + log_sum
+    cross_entropy = (z_max - transformed(x_y, options, z_max.dtype)) + log_sum
     row_loss = product(factors.target, cross_entropy)
     if smoothing_sums is not None:
         row_loss += product(factors.smoothing, smoothing_sums)
@@ -130,13 +146,13 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
         row_loss += product(factors.z, (z_max + log_sum).square())
     row_stats = None
     if options.return_stats:
-        hits = tokens.counted & (x_y >= row_max)
+        hits = tokens.counted & (x_y >= row_state[0])
         nll = torch.where(tokens.counted, torch.where(tokens.is_class, cross_entropy, torch.nan), 0)
-        row_stats = torch.stack((nll, hits.to(dtype)))
-    return RowOutputs(row_loss, torch.stack((row_max.to(dtype), 1 / largest)), row_stats)
+        row_stats = torch.stack((nll, hits.to(z_max.dtype)))
+    return RowOutputs(row_loss, row_state, row_stats)
 
 
-@_plain_arithmetic
+@plain_arithmetic
 def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_count: Tensor) -> Tensor:
     """The loss, (N,) for "none" and 0-d otherwise; the statistics go to `scalars`."""
     if rows.stats is not None:
@@ -146,7 +162,7 @@ def reduce_rows(rows: RowOutputs, options: LossOptions, scalars: Tensor, token_c
     return rows.loss if options.reduction == "none" else rows.loss.sum()
 
 
-@_plain_arithmetic
+@plain_arithmetic
 def backward(
     inputs: LossInputs,
     options: LossOptions,
@@ -163,20 +179,25 @@ def backward(
     if they are equal, where that can be known without waiting for a device. One rounding either way, and float16
     gradients that need loss scaling do not underflow before they are scaled.
     """
-    if unless_expected and _is_expected(upstream, scalars):
+    if gradient.numel() == 0 or (unless_expected and _is_expected(upstream, scalars)):
         return
     tokens = tokens_of(inputs, options)
     factors = factors_of(inputs, options, tokens, scalars).times(upstream)
     active = factors.active
     zero_rows(gradient, active)
     buffers = Buffers(inputs, options, scalars.dtype)
-    lse = transformed(row_state[0], options, scalars.dtype) + row_state[1].log()
+    reference = transformed(row_state[0], options, scalars.dtype)
+    lse = reference + row_state[1].log()
     for piece in pieces_of(inputs, active):
-        _, p = buffers.fill(piece.logits)
+        if inputs.shard is None:
+            _, p = buffers.fill(piece.logits)
+        else:
+            _, p = buffers.fill_relative(piece.logits, reference[piece.index])
+            p /= row_state[1][piece.index, None]
         _write_gradient(gradient, piece, inputs, options, tokens, factors, scalars, p, lse[piece.index])
 
 
-@_plain_arithmetic
+@plain_arithmetic
 def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
     """Multiply a (rows_outer, rows_inner, V) gradient, formed for what `scalars` expects, for the 0-d `upstream`."""
     if _is_expected(upstream, scalars):
@@ -209,7 +230,7 @@ def _write_gradient(
     lse: Tensor | None,  # (R,), for smoothing or z_loss
 ) -> None:
     """dL/dz_j = (target + common) p_j - smoothing w_j - [j == y] target, then the derivative of the transform."""
-    y = tokens.targets[piece.index, None]  # (R, 1)
+    y, owned = local_targets(inputs, tokens.targets[piece.index, None])  # (R, 1)
     target = factors.target[piece.index, None]  # (R, 1)
     p_y = p.gather(1, y)  # (R, 1)
     g_y = (p_y - 1) * target
@@ -228,6 +249,8 @@ def _write_gradient(
         w = p.new_ones(p.shape[-1]) if inputs.weights is None else inputs.weights.to(p.dtype)
         out -= smoothing * w
         g_y -= smoothing * w[y]
+    if owned is not None:
+        g_y = torch.where(owned, g_y, out.gather(1, y))
     out.scatter_(1, y, g_y.to(out.dtype))
     if not is_untransformed(options):
         out *= transform_derivative(piece.logits, options, p.dtype)

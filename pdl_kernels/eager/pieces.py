@@ -36,9 +36,16 @@ class Buffers:
 
     def fill(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """z, the (R, V) logits that the loss sees, and their softmax."""
-        rows = x.shape[0]
-        z = transformed(x, self.options, self.p.dtype) if self.z is None else self.z[:rows].copy_(x)
-        return z, torch.softmax(z, dim=-1, out=self.p[:rows])
+        z = self._transformed(x)
+        return z, torch.softmax(z, dim=-1, out=self.p[: len(x)])
+
+    def fill_relative(self, x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """z as above, and exp(z - reference) for (R,) references."""
+        z = self._transformed(x)
+        return z, torch.sub(z, reference[:, None], out=self.p[: len(x)]).exp_()
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        return transformed(x, self.options, self.p.dtype) if self.z is None else self.z[: len(x)].copy_(x)
 
 
 def piece_rows(logits: Tensor) -> int:

@@ -21,7 +21,7 @@ from pdl_kernels.options import (
 class Tokens(NamedTuple):
     """Per-token quantities, (N,) each."""
 
-    targets: Tensor  # class indices, 0 where the target is no class
+    targets: Tensor  # class indices, 0 where the target is no class; of the whole vocabulary, where that is split
     is_class: Tensor  # bool
     weights: Tensor  # w(y_i)
     token_weights: Tensor  # u_i, 0 where not counted
@@ -49,7 +49,7 @@ class Factors(NamedTuple):
 def tokens_of(inputs: LossInputs, options: LossOptions) -> Tokens:
     dtype = torch.float64 if inputs.logits.dtype == torch.float64 else torch.float32
     y = inputs.targets.long()  # before it is compared: torch wraps ignore_index to the dtype of the targets
-    is_class = (y >= 0) & (y < inputs.logits.shape[-1])
+    is_class = (y >= 0) & (y < inputs.vocab_size)
     counted = y != options.ignore_index
     if inputs.token_weights is None:
         token_weights = counted.to(dtype)
@@ -59,7 +59,10 @@ def tokens_of(inputs: LossInputs, options: LossOptions) -> Tokens:
         token_weights = torch.where(counted, u, 0)
     targets = torch.where(is_class, y, 0)
     weights = torch.ones_like(token_weights)
-    if inputs.weights is not None:
+    if inputs.shard is not None:
+        if inputs.shard.row_weights is not None:
+            weights = torch.where(counted, inputs.shard.row_weights.to(dtype), 0)
+    elif inputs.weights is not None:
         weights = torch.where(counted, inputs.weights[targets].to(dtype), 0)
     return Tokens(targets, is_class, weights, token_weights, counted)
 
@@ -84,8 +87,8 @@ def denominators_of(inputs: LossInputs, options: LossOptions, tokens: Tokens) ->
         else:
             denominator = torch.full_like(one, inputs.normalizer)  # as_tensor would wait for the device
         z_denominator = denominator
-    weight_total = one * inputs.logits.shape[-1]
-    if options.label_smoothing > 0 and inputs.weights is not None:
+    weight_total = one * inputs.vocab_size
+    if options.label_smoothing > 0 and inputs.weights is not None:  # of a shard: of its columns alone
         weight_total = inputs.weights.to(weight_sum.dtype).sum()
     scalars = torch.zeros(len(SCALARS), dtype=weight_sum.dtype, device=weight_sum.device)
     scalars[INVERSE_DENOMINATOR] = torch.where(denominator == 0, 0, 1 / denominator)
@@ -95,6 +98,18 @@ def denominators_of(inputs: LossInputs, options: LossOptions, tokens: Tokens) ->
     return scalars, token_count
 
 
+def local_targets(inputs: LossInputs, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(..., ) the targets as columns of the logits, and whether the logits have them; None: they have all.
+
+    0 stands for columns that another rank has.
+    """
+    if inputs.shard is None:
+        return targets, None
+    column = targets - inputs.shard.first
+    owned = (column >= 0) & (column < inputs.logits.shape[-1])
+    return torch.where(owned, column, 0), owned
+
+
 def factors_of(inputs: LossInputs, options: LossOptions, tokens: Tokens, scalars: Tensor) -> Factors:
     u, s = tokens.token_weights, options.label_smoothing
     inverse, inverse_z = scalars[INVERSE_DENOMINATOR], scalars[INVERSE_Z_DENOMINATOR]
@@ -102,7 +117,7 @@ def factors_of(inputs: LossInputs, options: LossOptions, tokens: Tokens, scalars
     target = product(u * tokens.weights * (1 - s), inverse)
     # On a CPU such targets raise an error earlier. On other devices their rows become nan.
     target = torch.where(tokens.counted & ~tokens.is_class, torch.nan, target)
-    smoothing = product(u * (s / inputs.logits.shape[-1]), inverse)
+    smoothing = product(u * (s / inputs.vocab_size), inverse)
     z = product(u.abs() * options.z_loss, inverse_z)
     return Factors(target, smoothing, z)
 

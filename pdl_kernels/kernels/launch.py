@@ -77,15 +77,17 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
 
 def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
-    _, targets, weights, token_weights, normalizer, expected_upstream = inputs
+    _, targets, weights, token_weights, normalizer, expected_upstream, shard = inputs
+    if shard is not None:
+        weights = shard.row_weights
     scalars = torch.empty(len(SCALARS), dtype=torch.float32, device=targets.device)
     token_count = scalars.new_empty(size=(), dtype=torch.int64)
     with on_device(scalars):
         reductions.denominators_kernel[(1,)](
             targets, weights, token_weights, normalizer, expected_upstream, scalars, token_count,
-            targets.shape[0], inputs.logits.shape[-1], options.ignore_index,
+            targets.shape[0], inputs.vocab_size, options.ignore_index,
             options.reduction, isinstance(normalizer, float), isinstance(expected_upstream, float),
-            options.label_smoothing > 0 and weights is not None, REDUCE_BLOCK,
+            options.label_smoothing > 0 and weights is not None and shard is None, REDUCE_BLOCK, shard is not None,
             **REDUCE_OPTIONS,
         )  # fmt: skip
     return scalars, token_count
@@ -104,7 +106,7 @@ def loss_rows(inputs: LossInputs, options: LossOptions, scalars: Tensor, gradien
             *better, last = loss_plans(inputs, options, gradient)
             arguments = inputs, scalars, gradient, outputs
             if not any(_compiled(plan, *arguments) for plan in better):
-                _launch_loss_rows(last, *arguments)
+                launch_loss_rows(last, *arguments)
     return outputs
 
 
@@ -138,7 +140,7 @@ def backward(
     if they are equal; they are compared on the device. One rounding either way, and float16 gradients that need loss
     scaling do not underflow before they are scaled.
     """
-    if inputs.targets.shape[0] > 0:
+    if gradient.numel() > 0:
         with on_device(inputs.logits):
             plan = gradient_plan(inputs, options, gradient)
             _launch_gradient_rows(plan, inputs, row_state, scalars, upstream, gradient, unless_expected=unless_expected)
@@ -162,7 +164,7 @@ def scale(gradient: Tensor, scalars: Tensor, upstream: Tensor) -> None:
 # Launches
 
 
-def _launch_loss_rows(
+def launch_loss_rows(
     plan: Plan,
     inputs: LossInputs,
     scalars: Tensor,
@@ -171,23 +173,24 @@ def _launch_loss_rows(
 ) -> None:
     logits, *row_tensors = inputs[:4]
     launch, variant, compile_options, shape, gradient_strides, numbers = plan
+    variant, of_shard = shard_arguments(inputs, variant)
     rows, slices = inputs.targets.shape[0], launch.slices
     if slices == 1:
         kernel = single_pass_rows_kernel if launch.kernel == planner.SINGLE_PASS else kernels.loss_rows_kernel
         kernel[(rows,)](
             logits, gradient, *row_tensors, scalars, *outputs, *shape, *gradient_strides, *numbers, variant,
-            **compile_options,
+            **of_shard, **compile_options,
         )  # fmt: skip
         return
     slice_state = scalars.new_empty(2, rows, slices)
     kernels.slice_rows_kernel[(rows, slices)](
         logits, *row_tensors, scalars, slice_state, *shape, *numbers, launch.slice_tiles, slices, variant,
-        **compile_options,
+        **of_shard, **compile_options,
     )  # fmt: skip
     kernels.merge_rows_kernel[(rows,)](
         logits, *row_tensors, scalars, slice_state, *outputs, *shape, *numbers, slices, next_power_of_two(slices),
         variant,
-        num_warps=1, **fusion_options(softcap=variant.softcap),
+        **of_shard, num_warps=1, **fusion_options(softcap=variant.softcap),
     )  # fmt: skip
     if gradient is not None:
         _launch_gradient_rows(plan, inputs, outputs.state, scalars, None, gradient)
@@ -204,12 +207,22 @@ def _launch_gradient_rows(
     unless_expected: bool = False,
 ) -> None:
     launch, variant, compile_options, shape, gradient_strides, numbers = plan
+    variant, of_shard = shard_arguments(inputs, variant)
     upstream_stride = 0 if upstream is None or upstream.dim() == 0 else upstream.stride(0)
     kernels.gradient_rows_kernel[(inputs.targets.shape[0], launch.slices)](
         inputs.logits, gradient, *inputs[1:4], scalars, row_state, upstream,
         upstream_stride, *shape, *gradient_strides, *numbers, launch.slice_tiles, unless_expected, variant,
-        **compile_options,
+        **of_shard, **compile_options,
     )  # fmt: skip
+
+
+def shard_arguments(inputs: LossInputs, variant: Variant) -> tuple[Variant, dict[str, Any]]:
+    """The variant, and what row kernels take besides, where the logits hold some of the columns."""
+    if inputs.shard is None:
+        return variant, {}
+    first, vocab_size, row_weights = inputs.shard
+    of_shard = {"row_weights": row_weights, "first_column": first, "vocab_size": vocab_size}
+    return variant._replace(shard=True), of_shard
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -233,7 +246,7 @@ def _compiled(plan: Plan, inputs: LossInputs, *arguments: Any) -> bool:
     if was_refused(plan.launch, device):
         return False
     try:
-        _launch_loss_rows(plan, inputs, *arguments)
+        launch_loss_rows(plan, inputs, *arguments)
     except (TritonError, RuntimeError) as error:
         if not (isinstance(error, TritonError) or "PassManager" in str(error)):
             raise  # not the compiler
@@ -365,14 +378,14 @@ def make_plan(
         row_compile_options(launch, device.limits_registers, softcap=variant.softcap),
         (rows_outer * rows_inner, rows_inner, V, *logits.stride()),
         (0, 0, 1) if gradient is None else gradient.stride(),
-        (
-            options.ignore_index,
-            float(options.label_smoothing),
-            float(options.z_loss),
-            float(options.softcap or 1.0),
-            float(options.logit_scale),
-        ),
+        numbers_of(options),
     )
+
+
+def numbers_of(options: LossOptions) -> tuple[float, ...]:
+    """The options' numbers in the order of the kernels' arguments."""
+    floats = options.label_smoothing, options.z_loss, options.softcap or 1.0, options.logit_scale
+    return options.ignore_index, *map(float, floats)
 
 
 @functools.cache

@@ -110,6 +110,7 @@ class Variant(NamedTuple):
     chunks: int = 0  # of lanes * vector columns that hold a row on chip
     full_chunks: int = 0  # of them, those that are inside every row
     hold_exps: bool = False  # exponentials are held instead of logits
+    shard: bool = False  # other columns of the same rows are elsewhere
 
 
 def layout_of(logits: Tensor, gradient: Tensor | None) -> Layout:

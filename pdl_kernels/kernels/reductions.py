@@ -28,9 +28,12 @@ def denominators_kernel(
     targets, weights, token_weights, normalizer, expected_upstream, scalars, token_count,
     rows, V, ignore_index,
     REDUCTION: tl.constexpr, NORMALIZER_IS_NUMBER: tl.constexpr, EXPECTED_IS_NUMBER: tl.constexpr,
-    SUM_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    SUM_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, SHARD: tl.constexpr = False,
 ):  # fmt: skip
-    """`normalizer` and `expected_upstream` are numbers, or pointers to one; `normalizer` may be None."""
+    """`normalizer` and `expected_upstream` are numbers, or pointers to one; `normalizer` may be None.
+
+    Of a shard V are the columns of the whole, and `weights` holds w(y_i) of each row.
+    """
     index = tl.arange(0, BLOCK)
     weight_sums = tl.zeros((BLOCK,), tl.float32)
     magnitudes = tl.zeros((BLOCK,), tl.float32)
@@ -47,7 +50,8 @@ def denominators_kernel(
         is_class = (y >= 0) & (y < V)
         w_y = tl.full((BLOCK,), 1.0, tl.float32)
         if weights is not None:
-            w_y = tl.load(weights + tl.where(is_class, y, 0), mask=counted & is_class, other=0.0).to(tl.float32)
+            entry = row if SHARD else tl.where(is_class, y, 0)
+            w_y = tl.load(weights + entry, mask=counted & is_class, other=0.0).to(tl.float32)
         weight_sums += tl.where(counted & is_class, w_y * u, 0.0)
         magnitudes += tl.where(counted, u, 0.0)
         counts += counted.to(tl.int32)

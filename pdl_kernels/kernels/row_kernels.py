@@ -53,6 +53,30 @@ def store_row_results(
     target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT: tl.constexpr,
 ):  # fmt: skip
     """The results of a row that was read, which therefore counts and whose target is a class."""
+    if VARIANT.shard:
+        # In the place of row_state, for the other ranks: see options.ShardLayout.
+        store_shard_row(row, rows, row_state, row_max, row_sum, x_y, smoothing, VARIANT)
+    else:
+        store_whole_row(
+            row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
+            target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_shard_row(row, rows, row_state, row_max, row_sum, x_y, smoothing, VARIANT: tl.constexpr):
+    tl.store(row_state + row, row_max)
+    tl.store(row_state + rows + row, row_sum)
+    tl.store(row_state + 2 * rows + row, x_y)
+    if VARIANT.smoothing:
+        tl.store(row_state + 3 * rows + row, smoothing)
+
+
+@triton.jit
+def store_whole_row(
+    row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
+    target_factor, smoothing_factor, z_factor, smoothing, logit_scale, softcap, VARIANT: tl.constexpr,
+):  # fmt: skip
     reference = transformed(row_max, logit_scale, softcap, VARIANT)
     log_sum = LN2 * tl.math.log2(row_sum)
     # (max - z_y) + log(sum), not lse - z_y: no cancellation under a large common offset.
@@ -72,6 +96,18 @@ def store_row_results(
         tl.store(row_stats + rows + row, tl.where(x_y >= row_max, 1.0, 0.0))
 
 
+@triton.jit
+def target_logit(logits_row, y, first_column, V, stride_column, VARIANT: tl.constexpr):
+    """x_y in float32; of a shard 0 where another rank has the column."""
+    if VARIANT.shard:
+        column = y - first_column
+        owned = (column >= 0) & (column < V)
+        x_y = tl.load(logits_row + column.to(tl.int64) * stride_column, mask=owned, other=0.0)
+    else:
+        x_y = tl.load(logits_row + y.to(tl.int64) * stride_column)
+    return x_y.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def loss_rows_kernel(
     logits, gradient, targets, weights, token_weights, scalars,
@@ -79,7 +115,7 @@ def loss_rows_kernel(
     rows, rows_inner, V, stride_outer, stride_row, stride_column,
     gradient_stride_outer, gradient_stride_row, gradient_stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-    VARIANT: tl.constexpr,
+    VARIANT: tl.constexpr, row_weights=None, first_column=None, vocab_size=None,
 ):  # fmt: skip
     row = tl.program_id(0)
     slice_index = tl.program_id(1)  # 0: the row is one slice
@@ -94,22 +130,23 @@ def loss_rows_kernel(
         gradient_row = gradient + gradient_offset
         gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout != "any", VARIANT)
     y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
-    )
+        row, targets, row_weights if VARIANT.shard else weights, token_weights, scalars,
+        vocab_size if VARIANT.shard else V, ignore_index, label_smoothing, z_loss, VARIANT,
+    )  # fmt: skip
     active = contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0)
     read = active
     if VARIANT.stats:
         read = active | (counted & (invalid == 0))
 
     if read:
-        x_y = tl.load(logits_row + y.to(tl.int64) * stride_column).to(tl.float32)
+        x_y = target_logit(logits_row, y, first_column, V, stride_column, VARIANT)
         row_max, row_sum = row_max_and_sum(
             logits_row, interior, head, columns, 0, columns, V, slice_index, stride_column, logit_scale, softcap,
             VARIANT.smoothing or gradient is not None, VARIANT,
         )  # fmt: skip
         smoothing = tl.full((), 0.0, tl.float32)
         if VARIANT.smoothing or gradient is not None:
-            weight_total = tl.load(scalars + WEIGHT_TOTAL) if VARIANT.smoothing else 0.0
+            weight_total = tl.load(scalars + WEIGHT_TOTAL) if VARIANT.smoothing and not VARIANT.shard else 0.0
             expected_upstream = 1.0
             if gradient is not None:
                 expected_upstream = tl.load(scalars + EXPECTED_UPSTREAM)
@@ -119,7 +156,7 @@ def loss_rows_kernel(
                 )
                 smoothing = row_gradient(
                     logits_row, interior, gradient_row, gradient_interior, head, columns, 0, columns, V, slice_index,
-                    y, x_y, w_y, row_max, row_sum, target, uniform, z, weight_total, weights,
+                    y, x_y, w_y, row_max, 1.0 if VARIANT.shard else row_sum, target, uniform, z, weight_total, weights,
                     stride_column, gradient_stride_column, logit_scale, softcap, VARIANT,
                 )  # fmt: skip
         store_row_results(
@@ -138,14 +175,17 @@ def loss_rows_kernel(
 @triton.jit
 def store_unread_row(row, rows, row_loss, row_state, row_stats, invalid, VARIANT: tl.constexpr):
     """A row that contributes nothing, or whose target is no class: its logits are not read."""
-    value = tl.where(invalid, float("nan"), 0.0)
-    tl.store(row_loss + row, value)
-    if row_state is not None:
-        tl.store(row_state + row, 0.0)
-        tl.store(row_state + rows + row, 1.0)
-    if VARIANT.stats:
-        tl.store(row_stats + row, value)
-        tl.store(row_stats + rows + row, 0.0)
+    if VARIANT.shard:
+        store_shard_row(row, rows, row_state, -LARGEST, 0.0, 0.0, 0.0, VARIANT)
+    else:
+        value = tl.where(invalid, float("nan"), 0.0)
+        tl.store(row_loss + row, value)
+        if row_state is not None:
+            tl.store(row_state + row, 0.0)
+            tl.store(row_state + rows + row, 1.0)
+        if VARIANT.stats:
+            tl.store(row_stats + row, value)
+            tl.store(row_stats + rows + row, 0.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -154,7 +194,7 @@ def slice_rows_kernel(
     rows, rows_inner, V, stride_outer, stride_row, stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
     slice_tiles, slices,
-    VARIANT: tl.constexpr,
+    VARIANT: tl.constexpr, row_weights=None, first_column=None, vocab_size=None,
 ):  # fmt: skip
     row = tl.program_id(0)
     slice_index = tl.program_id(1)
@@ -162,8 +202,9 @@ def slice_rows_kernel(
     head, columns = interior_bounds(offset, V, VARIANT)
     interior = interior_pointer(logits, offset, head, VARIANT.layout != "any", VARIANT)
     _, _, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
-    )
+        row, targets, row_weights if VARIANT.shard else weights, token_weights, scalars,
+        vocab_size if VARIANT.shard else V, ignore_index, label_smoothing, z_loss, VARIANT,
+    )  # fmt: skip
     read = contributes(target_factor, smoothing_factor, z_factor)
     if VARIANT.stats:
         read = read | counted
@@ -184,12 +225,13 @@ def merge_rows_kernel(
     row_loss, row_state, row_stats,
     rows, rows_inner, V, stride_outer, stride_row, stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale, slices,
-    SLICES: tl.constexpr, VARIANT: tl.constexpr,
+    SLICES: tl.constexpr, VARIANT: tl.constexpr, row_weights=None, first_column=None, vocab_size=None,
 ):  # fmt: skip
     row = tl.program_id(0)
     y, _, counted, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
-    )
+        row, targets, row_weights if VARIANT.shard else weights, token_weights, scalars,
+        vocab_size if VARIANT.shard else V, ignore_index, label_smoothing, z_loss, VARIANT,
+    )  # fmt: skip
     read = contributes(target_factor, smoothing_factor, z_factor)
     if VARIANT.stats:
         read = read | counted
@@ -204,7 +246,7 @@ def merge_rows_kernel(
         z_max = transformed(slice_max, logit_scale, softcap, VARIANT)
         row_sum = tl.sum(slice_sum * exp_difference(z_max, reference))
         offset = row_offset(row, rows_inner, stride_outer, stride_row)
-        x_y = tl.load(logits + offset + y.to(tl.int64) * stride_column).to(tl.float32)
+        x_y = target_logit(logits + offset, y, first_column, V, stride_column, VARIANT)
         store_row_results(
             row, rows, row_loss, row_state, row_stats, row_max, row_sum, x_y,
             target_factor, smoothing_factor, z_factor, 0.0, logit_scale, softcap, VARIANT,
@@ -220,7 +262,7 @@ def gradient_rows_kernel(
     gradient_stride_outer, gradient_stride_row, gradient_stride_column,
     ignore_index, label_smoothing, z_loss, softcap, logit_scale,
     slice_tiles,
-    UNLESS_EXPECTED: tl.constexpr, VARIANT: tl.constexpr,
+    UNLESS_EXPECTED: tl.constexpr, VARIANT: tl.constexpr, row_weights=None, first_column=None, vocab_size=None,
 ):  # fmt: skip
     """The gradient for `upstream`, or, without one, for the upstream gradient that is expected.
 
@@ -244,15 +286,20 @@ def gradient_rows_kernel(
     gradient_interior = interior_pointer(gradient, gradient_offset, head, VARIANT.gradient_layout != "any", VARIANT)
     begin, end = slice_bounds(slice_index, slice_tiles, columns, VARIANT)
     y, w_y, _, invalid, target_factor, smoothing_factor, z_factor = row_factors(
-        row, targets, weights, token_weights, scalars, V, ignore_index, label_smoothing, z_loss, VARIANT
-    )
+        row, targets, row_weights if VARIANT.shard else weights, token_weights, scalars,
+        vocab_size if VARIANT.shard else V, ignore_index, label_smoothing, z_loss, VARIANT,
+    )  # fmt: skip
     target_factor, smoothing_factor, z_factor = with_upstream(
         target_factor, smoothing_factor, z_factor, upstream_value, VARIANT
     )
     if contributes(target_factor, smoothing_factor, z_factor) & (invalid == 0):
         # In place the slice that owns the target's column overwrites it; the others neither need nor read it. All
         # threads of the one that does have read it before any of them writes.
+        if VARIANT.shard:
+            y -= first_column
         owns = owns_column(y, head, columns, begin, end, slice_index)
+        if VARIANT.shard:
+            owns &= (y >= 0) & (y < V)  # or another rank has it
         x_y = tl.load(logits_row + y.to(tl.int64) * stride_column, mask=owns, other=0.0).to(tl.float32)
         tl.debug_barrier()
         row_max = tl.load(row_state + row)

@@ -161,6 +161,8 @@ def row_factors(
 ):
     """What the row's three terms are multiplied by in the loss, denominators included.
 
+    Of a shard V are the columns of the whole, and `weights` holds w(y_i) of each row.
+
     Returns (y, w_y, counted, invalid, target_factor, smoothing_factor, z_factor); y is 0 where the target is no class.
     """
     y = tl.load(targets + row).to(tl.int64)
@@ -172,7 +174,8 @@ def row_factors(
     safe_y = tl.where(exists, y, 0).to(tl.int32)
     w_y = 1.0
     if weights is not None:
-        w_y = tl.load(weights + safe_y, mask=counted, other=0.0).to(tl.float32)
+        entry = row if VARIANT.shard else safe_y
+        w_y = tl.load(weights + entry, mask=counted, other=0.0).to(tl.float32)
     inverse = 1.0
     inverse_z = 1.0
     if VARIANT.normalized:

@@ -25,6 +25,11 @@ UNSPECIALIZED = (
     "slice_tiles",
     "slices",
     "ignore_index",
+    "first_column",
+    "vocab_size",
+    "shards",
+    "shard_stride",
+    "total_stride",
 )
 
 

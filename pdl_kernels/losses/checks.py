@@ -6,7 +6,9 @@ from numbers import Real
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from pdl_kernels.backends import autocast_dtype
 from pdl_kernels.options import (
@@ -21,7 +23,12 @@ from pdl_kernels.options import (
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int32, torch.int64)
 TORCH_NAMES = {"weight": "weights", "target": "targets", "input": "logits"}
-KINDS = {int: int, float: Real, bool: bool}  # classes that are accepted where an option declares a type
+KINDS = {
+    int: int,
+    float: Real,
+    bool: bool,
+    ProcessGroup: ProcessGroup,
+}  # classes that are accepted where an option declares a type
 
 Options = TypeVar("Options", bound=tuple[Any, ...])  # LossOptions, LinearOptions or CallOptions
 
@@ -50,7 +57,7 @@ def check_options(options: Options) -> Options:
             value = _of_kind(declared, value)
         if option.choices is not None:
             accepted = not given or value in option.choices
-        elif not given or isinstance(value, (bool, Tensor)):
+        elif not given or isinstance(value, (bool, Tensor, ProcessGroup)):
             accepted = True
         else:
             measured = value if option.measure is None else option.measure(value)
@@ -90,6 +97,22 @@ def _check_scalar(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} is {value.dtype}; accepted are real dtypes")
 
 
+def check_sharded_linear(linear: LinearOptions, group: ProcessGroup | None, seed: Any) -> None:
+    """ValueError for what ranks would do each in its own way, and for what takes ranks."""
+    if group is None:
+        if linear.sequence_parallel:
+            raise ValueError(
+                "sequence_parallel is given with group=None; accepted is the group that hidden is split over"
+            )
+        return
+    check_group(group)
+    if linear.row_sampling > 0 and seed is None:
+        raise ValueError(
+            "row_sampling with a group and seed=None; accepted is a seed that is the same on every rank, such as the "
+            "step's number: the ranks have to leave out the same tokens"
+        )
+
+
 def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
     """Combinations and tensors that are refused."""
     if normalizer is None:
@@ -98,6 +121,12 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str) -> None:
         raise ValueError(f"normalizer is given with reduction={reduction!r}; accepted is reduction='mean' alone")
     if isinstance(normalizer, Tensor) and normalizer.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("normalizer requires grad; accepted is one that does not: detach it")
+
+
+def check_group(group: ProcessGroup) -> None:
+    """ValueError for a group that this process does not belong to."""
+    if not torch.compiler.is_compiling() and dist.get_rank(group) < 0:
+        raise ValueError(f"group does not hold this process, rank {dist.get_rank()}; accepted are groups that do")
 
 
 def check_row_sampling(linear: LinearOptions, options: LossOptions) -> None:
@@ -132,9 +161,14 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; accepted is a torch.Tensor")
 
 
-def check_inputs(inputs: LossInputs) -> None:
-    """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError."""
-    logits, targets, weights, token_weights, _, _ = inputs
+def check_inputs(inputs: LossInputs, *, sharded: bool = False) -> None:
+    """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError.
+
+    Args:
+        sharded: the logits hold some columns of the vocabulary, maybe none. Whether the weights are as long as the
+            vocabulary is then for the ranks to find out together.
+    """
+    logits, targets, weights, token_weights, *_ = inputs
     _check_tensor("logits", logits)
     _check_tensor("targets", targets)
     if logits.dtype not in LOGITS_DTYPES:
@@ -145,7 +179,7 @@ def check_inputs(inputs: LossInputs) -> None:
             "not sharded"
         )
     shape = logits.shape
-    if not shape or shape[-1] == 0:
+    if not shape or (shape[-1] == 0 and not sharded):
         raise ValueError(f"logits have shape {tuple(shape)}; accepted is (..., V) with V >= 1 classes")
     check_target_dtype(targets)
     if targets.shape != shape[:-1]:
@@ -156,7 +190,7 @@ def check_inputs(inputs: LossInputs) -> None:
             f"targets have shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; accepted are targets of "
             f"shape {tuple(logits.shape[:-1])}{hint}"
         )
-    check_factors(targets, weights, token_weights, "logits", logits, logits.shape[-1])
+    check_factors(targets, weights, token_weights, "logits", logits, None if sharded else logits.shape[-1])
 
 
 def check_target_dtype(targets: Tensor) -> None:
@@ -165,14 +199,19 @@ def check_target_dtype(targets: Tensor) -> None:
 
 
 def check_factors(
-    targets: Tensor, weights: Tensor | None, token_weights: Tensor | None, name: str, owner: Tensor, vocab_size: int
+    targets: Tensor,
+    weights: Tensor | None,
+    token_weights: Tensor | None,
+    name: str,
+    owner: Tensor,
+    vocab_size: int | None,  # None: not known
 ) -> None:
     """What weighs the targets, against the tensor called `name` that decides the device."""
     _check_same_device("targets", targets, name, owner)
     if weights is not None:
         check_weight_table(weights)
         _check_same_device("weights", weights, name, owner)
-        if weights.shape != (vocab_size,):
+        if vocab_size is not None and weights.shape != (vocab_size,):
             raise ValueError(
                 f"weights have shape {tuple(weights.shape)}; accepted is ({vocab_size},), one per column of the "
                 "logits: the model's output layer may be longer than the tokenizer"
@@ -209,10 +248,18 @@ def _check_same_device(name: str, value: Tensor, owner_name: str, owner: Tensor)
         )
 
 
-def check_linear_inputs(inputs: LinearInputs) -> None:
-    """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError."""
+def check_linear_inputs(
+    inputs: LinearInputs, group: ProcessGroup | None = None, *, sequence_parallel: bool = False
+) -> None:
+    """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError.
+
+    Args:
+        group: over which the rows of the weight are split, or None.
+        sequence_parallel: the hidden states are split over it, too.
+    """
+    sharded = group is not None
     hidden, lm_head_weight, bias, targets, weights, token_weights, *_ = inputs
-    _check_parameter("lm_head_weight", lm_head_weight)
+    _check_parameter("lm_head_weight", lm_head_weight, may_be_empty=sharded)
     _check_tensor("hidden", hidden)
     _check_tensor("targets", targets)
     if hasattr(hidden, "device_mesh"):
@@ -221,7 +268,7 @@ def check_linear_inputs(inputs: LinearInputs) -> None:
     for name, value in (("hidden", hidden), ("lm_head_weight", lm_head_weight)):
         if value.dtype not in LOGITS_DTYPES:
             raise TypeError(f"{name} is {value.dtype}; accepted are {_names(LOGITS_DTYPES)}")
-    if lm_head_weight.dim() != 2 or lm_head_weight.shape[0] == 0:
+    if lm_head_weight.dim() != 2 or (lm_head_weight.shape[0] == 0 and not sharded):
         raise ValueError(f"lm_head_weight has shape {tuple(lm_head_weight.shape)}; accepted is (V, H) with V >= 1")
     vocab_size, hidden_size = lm_head_weight.shape
     if hidden.dim() == 0 or hidden.shape[-1] != hidden_size:
@@ -234,7 +281,7 @@ def check_linear_inputs(inputs: LinearInputs) -> None:
         raise ValueError(f"{shapes}; accepted is hidden of shape (..., {hidden_size})")
     parameters = [("lm_head_weight", lm_head_weight)]
     if bias is not None:
-        _check_parameter("bias", bias)
+        _check_parameter("bias", bias, may_be_empty=sharded)
         if bias.shape != (vocab_size,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; accepted is ({vocab_size},), one per class")
         parameters.append(("bias", bias))
@@ -246,15 +293,21 @@ def check_linear_inputs(inputs: LinearInputs) -> None:
                 f"{name} is {value.dtype} and hidden {hidden.dtype}; accepted is one dtype for all, or autocast"
             )
     check_target_dtype(targets)
-    if targets.shape != hidden.shape[:-1]:
+    expected = tuple(hidden.shape[:-1])
+    if sequence_parallel:
+        if not expected:
+            raise ValueError("hidden has shape (H,) with sequence_parallel; accepted is (S / ranks, ..., H)")
+        assert group is not None
+        expected = (expected[0] * group.size(), *expected[1:])
+    if targets.shape != expected:
         raise ValueError(
             f"targets have shape {tuple(targets.shape)} and hidden {tuple(hidden.shape)}; accepted are targets of "
-            f"shape {tuple(hidden.shape[:-1])}"
+            f"shape {expected}" + (", those of all ranks" if sequence_parallel else "")
         )
-    check_factors(targets, weights, token_weights, "hidden", hidden, vocab_size)
+    check_factors(targets, weights, token_weights, "hidden", hidden, None if sharded else vocab_size)
 
 
-def _check_parameter(name: str, value: Any) -> None:
+def _check_parameter(name: str, value: Any, *, may_be_empty: bool = False) -> None:
     if isinstance(value, torch.nn.Module):
         wrapped = hasattr(value, "base_layer") or any("lora" in part for part, _ in value.named_modules())
         hint = (
@@ -270,7 +323,7 @@ def _check_parameter(name: str, value: Any) -> None:
             f"{name} is a DTensor; accepted is a plain tensor: gather it with .full_tensor(), which autograd follows, "
             "or keep the output layer out of tensor and fully sharded parallelism"
         )
-    if value.numel() == 0:
+    if value.numel() == 0 and not may_be_empty:
         raise ValueError(
             f"{name} has no elements (shape {tuple(value.shape)}), as ZeRO stage 3 and FSDP leave a sharded parameter; "
             "gather it first, for example inside deepspeed.zero.GatheredParameters, or call the loss from the model's "

@@ -4,10 +4,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typing_extensions import Unpack, overload
 
+from pdl_kernels.distributed.collectives import name_of
 from pdl_kernels.losses import checks
-from pdl_kernels.ops import cross_entropy, linear_cross_entropy
+from pdl_kernels.ops import cross_entropy, linear_cross_entropy, sharded_cross_entropy
+from pdl_kernels.ops.sharded_chunks import Sharding
 from pdl_kernels.options import (
     ACCURACY,
     NLL,
@@ -78,6 +81,7 @@ def pdl_cross_entropy(
     inplace: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
     **unexpected: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""Cross entropy in which every token counts by a weight of its class: Power-Law Decay Loss.
@@ -129,6 +133,12 @@ def pdl_cross_entropy(
             effect where no gradient is needed, with reduction="none", and where tensors are traced.
         return_stats: also return `LossStats`: unweighted NLL, accuracy, sum of weights, token count.
         backend: "auto" (Triton for CUDA and ROCm tensors, eager elsewhere and for float64), "triton" or "eager".
+        group: the ranks of torch.distributed over which the class dimension is split, as tensor parallelism splits the
+            output layer: each holds some neighbouring columns of the logits, in the order of the ranks, maybe none, and
+            gets the loss of the whole and its own columns' gradient. `targets` number the columns of the whole and are,
+            with all other arguments, the same on every rank; `weights` hold all columns on every rank, or on every rank
+            its own. Forward sends 12 bytes a token to every rank (16 with label smoothing, 4 more for the weights where
+            each rank has its own), backward sends nothing.
 
     Returns:
         The loss, float32 (float64 for float64 logits): 0-d, or (...) for "none". With `return_stats`, (loss, stats).
@@ -163,11 +173,19 @@ def pdl_cross_entropy(
     options = checks.check_options(
         LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_stats)
     )
-    call = checks.check_options(CallOptions(normalizer, expected_upstream, inplace, backend))
+    call = checks.check_options(CallOptions(normalizer, expected_upstream, inplace, backend, group))
     checks.check_normalizer(call.normalizer, options.reduction)
     inputs = LossInputs(logits, targets, weights, token_weights, call.normalizer, call.expected_upstream)
-    checks.check_inputs(inputs)
-    outputs = cross_entropy.cross_entropy(inputs, options, call.backend, inplace=call.inplace)
+    outputs: LossOutputs
+    if group is not None:
+        checks.check_group(group)
+        checks.check_inputs(inputs, sharded=True)
+        outputs = sharded_cross_entropy.sharded_cross_entropy(
+            inputs, options, call.backend, group, None, inplace=call.inplace
+        )
+    else:
+        checks.check_inputs(inputs)
+        outputs = cross_entropy.cross_entropy(inputs, options, call.backend, inplace=call.inplace)
     return (outputs.loss, stats_of(outputs)) if options.return_stats else outputs.loss
 
 
@@ -239,6 +257,8 @@ def pdl_linear_cross_entropy(
     row_sampling: float = 0.0,
     seed: int | float | Tensor | None = None,
     backend: str = "auto",
+    group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
     **unexpected: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""`pdl_cross_entropy(hidden @ lm_head_weight.T + bias, ...)` without the logits of all tokens ever existing.
@@ -265,6 +285,10 @@ def pdl_linear_cross_entropy(
             |u_i| ((1 - s) w[y_i] + s / V sum_j w_j), enter the backward products only with a probability proportional
             to their factor, scaled up accordingly: the expected gradient is exact, loss and statistics count every
             token. 0 is off. Refused with z_loss.
+        group: the ranks over which the rows of `lm_head_weight`, and of `bias`, are split: see `pdl_cross_entropy`.
+            `hidden` is the same on all ranks, and so is its gradient, which is summed over them.
+        sequence_parallel: with a `group`, `hidden` (S / ranks, ..., H) holds this rank's share of dimension 0 and is
+            gathered, its gradient comes back by a reduce-scatter, and `targets` (S, ...) hold all of it.
         seed: for row_sampling, a number or a 0-d tensor; the same seed keeps the same rows. Give the step's number;
             without one, torch's generator draws it.
 
@@ -291,15 +315,17 @@ def pdl_linear_cross_entropy(
     options = checks.check_options(
         LossOptions(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, return_stats)
     )
-    linear = checks.check_options(LinearOptions(chunk_size, accumulate_dtype, compact, row_sampling))
-    call = checks.check_options(CallOptions(normalizer, expected_upstream, backend=backend))
+    linear = checks.check_options(LinearOptions(chunk_size, accumulate_dtype, compact, row_sampling, sequence_parallel))
+    call = checks.check_options(CallOptions(normalizer, expected_upstream, backend=backend, group=group))
     checks.check_normalizer(call.normalizer, options.reduction)
     checks.check_row_sampling(linear, options)
     checks.check_seed(seed)
     numbers = seed, call.normalizer, call.expected_upstream
     inputs = LinearInputs(hidden, lm_head_weight, bias, targets, weights, token_weights, *numbers)
-    checks.check_linear_inputs(inputs)
-    outputs = linear_cross_entropy.linear_cross_entropy(inputs, options, linear, call.backend)
+    checks.check_sharded_linear(linear, call.group, seed)
+    checks.check_linear_inputs(inputs, group, sequence_parallel=linear.sequence_parallel)
+    sharding = None if group is None else Sharding(name_of(group))
+    outputs = linear_cross_entropy.linear_cross_entropy(inputs, options, linear, call.backend, sharding)
     return (outputs.loss, stats_of(outputs)) if options.return_stats else outputs.loss
 
 

@@ -69,7 +69,7 @@ class _WeightedLoss(nn.Module):
             checks.check_weight_table(weights)
             weights = weights.detach().to(torch.float32, copy=True)
         self.register_buffer("weights", weights, persistent=False)
-        shown = (*LossOptions._fields, "backend", "expected_upstream", "inplace", *LinearOptions._fields)
+        shown = (*LossOptions._fields, "backend", "expected_upstream", "inplace", *LinearOptions._fields, "group")
         self.options = {name: options[name] for name in shown if name in options}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_WeightedLoss":
@@ -103,7 +103,7 @@ class PDLCrossEntropyLoss(_WeightedLoss):
         weights: (V,) floating, one weight per vocabulary entry, or None for 1. Kept as a float32 buffer that follows
             `.to(device)`, stays float32 under `.half()`, `.bfloat16()` and `.to(dtype)`, and stays out of checkpoints.
         ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, expected_upstream, inplace,
-            return_stats, backend: the options of `pdl_cross_entropy`, checked here.
+            return_stats, backend, group: the options of `pdl_cross_entropy`, checked here.
 
     `forward(logits, targets, token_weights=None, normalizer=None, expected_upstream=None)` takes (..., V) logits and
     (...) targets and returns what `pdl_cross_entropy` returns. `normalizer` and `expected_upstream` may be given here
@@ -138,8 +138,8 @@ class PDLLinearCrossEntropyLoss(_WeightedLoss):
     Args:
         weights: as in `PDLCrossEntropyLoss`.
         ignore_index, reduction, normalizer, label_smoothing, z_loss, softcap, logit_scale, expected_upstream,
-            return_stats, chunk_size, accumulate_dtype, compact, row_sampling, backend: the options of
-            `pdl_linear_cross_entropy`, checked here.
+            return_stats, chunk_size, accumulate_dtype, compact, row_sampling, sequence_parallel, backend, group: the
+            options of `pdl_linear_cross_entropy`, checked here.
 
     `forward(hidden, lm_head_weight, targets, bias=None, token_weights=None, normalizer=None, expected_upstream=None,
     seed=None)` takes (..., H) hidden states, the (V, H) weight and (...) targets and returns what

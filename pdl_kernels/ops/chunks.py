@@ -77,6 +77,8 @@ def plan_chunk(rows: int, hidden_size: int, vocab_size: int, itemsize: int) -> i
 class Run:
     """One pass over the tokens of one call."""
 
+    buffers = 1  # chunks whose logits exist at a time
+
     def __init__(
         self,
         inputs: LinearInputs,
@@ -92,13 +94,14 @@ class Run:
         self.backend = backend_module(backend)
         self.dtype = dtype
         self.needs = needs
-        self.vocab_size, self.hidden_size = inputs.lm_head_weight.shape
+        self.columns, self.hidden_size = inputs.lm_head_weight.shape  # V, of which another run may have some alone
+        self.widest = self.columns  # of all ranks that take the same chunks
         self.accumulate_dtype = torch.promote_types(dtype, linear.accumulate_dtype)
         self.weight = inputs.lm_head_weight.detach().to(dtype)  # (V, H)
         self.bias = None if inputs.bias is None else inputs.bias.detach().to(dtype)  # (V,)
         self.rows = inputs.targets.numel()
         # A stand-in for all logits, one element large: what is asked of it is shape, dtype and device.
-        nothing = torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(1, self.rows, self.vocab_size)
+        nothing = torch.empty((), dtype=dtype, device=inputs.hidden.device).expand(1, self.rows, self.columns)
         self.tokens = LossInputs(
             nothing,
             inputs.targets.reshape(-1).contiguous(),
@@ -121,9 +124,13 @@ class Run:
 
     def forward(self) -> tuple[LinearOutputs, Waiting]:
         """The loss, and the gradients for the expected upstream gradient."""
-        check_targets(self.inputs.targets, self.vocab_size, self.options.ignore_index)
+        check_targets(self.inputs.targets, self.tokens.vocab_size, self.options.ignore_index)
         with self._plain_arithmetic():
-            return self._pass(*self.backend.denominators(self.tokens, self.options))
+            return self._pass(*self._denominators())
+
+    def _denominators(self) -> tuple[Tensor, Tensor]:
+        scalars, token_count = self.backend.denominators(self.tokens, self.options)
+        return scalars, token_count
 
     def gradients_again(self, scalars: Tensor) -> Waiting:
         """The gradients of `forward` once more, from what it found."""
@@ -145,17 +152,20 @@ class Run:
         if range_factor is not None:
             found.loss.div_(range_factor)
             sums.divide_by(range_factor)
+        waiting = self._waiting(sums, None if rows.positions is None else rows.positions[: rows.backward])
         found = rows.among_all(found, self.rows)
         loss = self.backend.reduce_rows(found, self.options, scalars, token_count)
         if per_row:
             loss = loss.view(self.inputs.targets.shape)
         state = found.state if per_row else scalars.new_empty(2, 0)
-        positions = None if rows.positions is None else rows.positions[: rows.backward]
-        return LinearOutputs(loss, state, scalars, token_count), Waiting(sums.gradients, positions)
+        return LinearOutputs(loss, state, scalars, token_count), waiting
+
+    def _waiting(self, sums: "Sums", positions: Tensor | None) -> Waiting:
+        return Waiting(sums.gradients, positions)
 
     def _run_chunks(
         self, rows: Rows, forms_gradients: bool, options: LossOptions, scalars: Tensor
-    ) -> tuple[RowOutputs, "_Sums"]:
+    ) -> tuple[RowOutputs, "Sums"]:
         """What is found for these rows, and the sums of their gradients."""
         tokens, hidden = rows.take(self.tokens, self._hidden_rows())
         hidden = hidden.to(self.dtype)
@@ -163,17 +173,25 @@ class Run:
         stats = scalars.new_empty(2, end) if options.return_stats else None
         found = RowOutputs(scalars.new_empty(end), scalars.new_empty(2, end), stats)
         backward_rows = rows.backward if forms_gradients else 0
-        sums = _Sums(self, backward_rows, self.needs if forms_gradients else (False, False, False))
-        for chunk, logits in self._chunks(hidden, (0, backward_rows, end) if forms_gradients else (0, end)):
-            gradient = logits if chunk.start < backward_rows else None
-            part = self.backend.loss_rows(_rows_of(tokens, chunk, logits), options, scalars, gradient)
+        sums = Sums(self, backward_rows, self.needs if forms_gradients else (False, False, False))
+        chunks = self._chunks(hidden, (0, backward_rows, end) if forms_gradients else (0, end))
+        parts = ((chunk, tokens.take(chunk, logits), chunk.start < backward_rows) for chunk, logits in chunks)
+        for chunk, part, gradient in self._loss_of_chunks(parts, options, scalars):
             found.loss[chunk] = part.loss
             found.state[:, chunk] = part.state
-            if found.stats is not None:
+            if found.stats is not None and part.stats is not None:
                 found.stats[:, chunk] = part.stats
             if gradient is not None:
                 sums.add(chunk, gradient[0], rows.of_gradient(hidden, chunk))
         return found, sums
+
+    def _loss_of_chunks(
+        self, parts: Iterator[tuple[slice, LossInputs, bool]], options: LossOptions, scalars: Tensor
+    ) -> Iterator[tuple[slice, RowOutputs, Tensor | None]]:
+        """What is found for each chunk, and, where it is asked for, the gradient, in the memory of its logits."""
+        for chunk, inputs, forms_gradient in parts:
+            gradient = inputs.logits if forms_gradient else None
+            yield chunk, self.backend.loss_rows(inputs, options, scalars, gradient), gradient
 
     def _hidden_rows(self) -> Tensor:
         """(N, H), a copy where the leading dimensions cannot be merged: nobody keeps it longer than its rows."""
@@ -193,13 +211,13 @@ class Run:
             hidden = hidden.to(self.dtype)
             if rows.positions is not None:
                 upstream, row_state = upstream[rows.positions], row_state[:, rows.positions]
-            sums = _Sums(self, len(hidden), self.needs)
+            sums = Sums(self, len(hidden), self.needs)
             for chunk, logits in self._chunks(hidden, (0, len(hidden))):
-                inputs = _rows_of(tokens, chunk, logits)
+                inputs = tokens.take(chunk, logits)
                 state = row_state[:, chunk].contiguous()
                 self.backend.backward(inputs, self.options, state, scalars, upstream[chunk], logits)
                 sums.add(chunk, logits[0], hidden[chunk])
-            return Waiting(sums.gradients, rows.positions)
+            return self._waiting(sums, rows.positions)
 
     def finish(self, waiting: Waiting, scalars: Tensor, upstream: Tensor | None) -> list[Tensor | None]:
         """Gradients in the parameters' dtypes and shapes, made right for the 0-d `upstream`. The input is used up.
@@ -264,24 +282,25 @@ class Run:
         return self.options._replace(reduction="mean"), scaled
 
     def _chunks(self, hidden: Tensor, bounds: tuple[int, ...]) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk of rows and its (1, n, V) logits, in memory that the next chunk overwrites.
+        """Each chunk of rows and its (1, n, V) logits, in memory that the next chunk, or the one after, overwrites.
 
         `bounds` are rows at which a chunk must end.
         """
-        step = self.linear.chunk_size or plan_chunk(len(hidden), self.hidden_size, self.vocab_size, self.dtype.itemsize)
+        step = self.linear.chunk_size or plan_chunk(len(hidden), self.hidden_size, self.widest, self.dtype.itemsize)
         vector = max(ALIGNMENT // self.dtype.itemsize, 1)
         longest = min(step, max(end - begin for begin, end in pairwise(bounds)))
-        width = -(-self.vocab_size // vector) * vector
-        buffer = torch.empty(longest, width, dtype=self.dtype, device=hidden.device)
-        for begin, end in pairwise(bounds):
-            for start in range(begin, end, step):
-                chunk = slice(start, min(start + step, end))
-                logits = buffer[: chunk.stop - chunk.start, : self.vocab_size]
-                if self.bias is None:
-                    torch.mm(hidden[chunk], self.weight.T, out=logits)
-                else:
-                    torch.addmm(self.bias, hidden[chunk], self.weight.T, out=logits)
-                yield chunk, logits.unsqueeze(0)
+        width = -(-self.columns // vector) * vector
+        chunks = [
+            slice(start, min(start + step, end)) for begin, end in pairwise(bounds) for start in range(begin, end, step)
+        ]
+        buffers = torch.empty(min(self.buffers, len(chunks)), longest, width, dtype=self.dtype, device=hidden.device)
+        for number, chunk in enumerate(chunks):
+            logits = buffers[number % self.buffers, : chunk.stop - chunk.start, : self.columns]
+            if self.bias is None:
+                torch.mm(hidden[chunk], self.weight.T, out=logits)
+            else:
+                torch.addmm(self.bias, hidden[chunk], self.weight.T, out=logits)
+            yield chunk, logits.unsqueeze(0)
 
     @contextmanager
     def _plain_arithmetic(self) -> Iterator[None]:
@@ -290,7 +309,7 @@ class Run:
             yield
 
 
-class _Sums:
+class Sums:
     """The gradients while chunks are added to them."""
 
     def __init__(self, run: Run, rows: int, needs: tuple[bool, ...]) -> None:
@@ -302,7 +321,7 @@ class _Sums:
                 make(shape, dtype=run.accumulate_dtype, device=run.inputs.hidden.device) if needed else None
                 for needed, shape in zip(
                     needs,
-                    ((rows, run.hidden_size), (run.vocab_size, run.hidden_size), (run.vocab_size,)),
+                    ((rows, run.hidden_size), (run.columns, run.hidden_size), (run.columns,)),
                     strict=True,
                 )
             )
@@ -324,8 +343,3 @@ class _Sums:
         for gradient in self.gradients:
             if gradient is not None:
                 gradient.div_(factor)
-
-
-def _rows_of(tokens: LossInputs, chunk: slice, logits: Tensor) -> LossInputs:
-    u = tokens.token_weights
-    return tokens._replace(logits=logits, targets=tokens.targets[chunk], token_weights=None if u is None else u[chunk])

@@ -7,7 +7,6 @@ place, where the logits are gone, it multiplies it. Once handed over, the gradie
 functional operators do the same without mutation: forward returns the loss, backward forms the gradient.
 """
 
-import math
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,6 +18,7 @@ from torch import Tensor
 from pdl_kernels import backends
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace, share_storage
+from pdl_kernels.ops.rows import as_operand, as_rows, empty_gradient, inputs_as_rows, on_device, same_rows
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
 
 NAME = "pdl_cross_entropy"
@@ -27,7 +27,7 @@ VALIDATE_VARIABLE = "PDL_KERNELS_VALIDATE"
 
 def cross_entropy(inputs: LossInputs, options: LossOptions, backend: str, *, inplace: bool = False) -> LossOutputs:
     """The loss of checked inputs, differentiable in the logits. The other outputs serve the statistics."""
-    logits, targets, weights, token_weights, normalizer, expected_upstream = inputs
+    logits, targets, weights, token_weights, normalizer, expected_upstream, _ = inputs
     traced = backends.is_traced(logits, targets, weights, token_weights)
     if not torch.compiler.is_compiling():
         backends.refuse_transforms(NAME, logits)
@@ -117,7 +117,7 @@ def _gradient(ctx: Any, upstream: Tensor) -> Tensor:
     if saved is None:
         backend.scale(as_rows(gradient), scalars, upstream)
     else:
-        inputs = _as_rows(LossInputs(*saved))
+        inputs = inputs_as_rows(LossInputs(*saved))
         logits, rows = same_rows(inputs.logits, gradient)
         backend.backward(
             inputs._replace(logits=logits), options, row_state, scalars, upstream, rows, unless_expected=True
@@ -159,7 +159,7 @@ def _run_forward(call: _Call, *, with_gradient: bool = False) -> tuple[LossOutpu
     """
     logits, targets = call.inputs.logits, call.inputs.targets
     check_targets(targets, logits.shape[-1], call.options.ignore_index)
-    rows = _as_rows(call.inputs)
+    rows = inputs_as_rows(call.inputs)
     inplace = call.inplace and share_storage(rows.logits, logits)
     gradient = None
     if with_gradient:
@@ -174,26 +174,34 @@ def _run_forward(call: _Call, *, with_gradient: bool = False) -> tuple[LossOutpu
 
 def _run_backward(inputs: LossInputs, kept: _Kept, upstream: Tensor, *, contiguous: bool = False) -> Tensor:
     """The gradient for `upstream` in new memory, (..., V)."""
-    rows = _as_rows(inputs)
+    rows = inputs_as_rows(inputs)
     gradient = empty_gradient(rows.logits, contiguous=contiguous)
     flat_upstream = upstream.reshape(-1) if kept.options.reduction == "none" else upstream
     kept.backend.backward(rows, kept.options, kept.row_state.contiguous(), kept.scalars, flat_upstream, gradient)
     return gradient.reshape(inputs.logits.shape)
 
 
-def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise IndexError for a target that is neither a class nor `ignore_index`.
+def validates(targets: Tensor) -> bool:
+    """Whether what a call is given is looked at: always on a CPU.
 
-    Always on CPU tensors. On other devices it would wait for the device, so only with PDL_KERNELS_VALIDATE=1.
+    On other devices it would wait for the device, so only with PDL_KERNELS_VALIDATE=1.
     """
-    if targets.device.type != "cpu":
-        if os.environ.get(VALIDATE_VARIABLE) != "1":
-            return
-        if targets.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{VALIDATE_VARIABLE}=1 reads the targets back from the device, which a CUDA graph capture forbids; "
-                "unset it while capturing"
-            )
+    if targets.device.type == "cpu":
+        return True
+    if os.environ.get(VALIDATE_VARIABLE) != "1":
+        return False
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{VALIDATE_VARIABLE}=1 reads the targets back from the device, which a CUDA graph capture forbids; "
+            "unset it while capturing"
+        )
+    return True
+
+
+def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise IndexError for a target that is neither a class nor `ignore_index`, where `validates` says so."""
+    if not validates(targets):
+        return
     if targets.numel() == 0:
         return
     lowest, highest = torch.aminmax(targets)
@@ -290,103 +298,3 @@ def _operator_backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | No
 
 _forward_operator.register_autograd(_operator_backward, setup_context=_save_for_backward)
 _backward_operator.register_autograd(lambda *_: refuse(NAME))
-
-
-def as_operand(value: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """What an operator takes for a number, so that another number needs no compilation; fake where `like` is."""
-    if value is None:
-        return None
-    return moved(value, like.device) if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float64)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers on a device, logits as rows, memory for gradients
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """A number, or a 0-d tensor on `device`; nobody waits for a GPU unless `device` is the CPU."""
-    if value is None or type(value) is float:
-        return value
-    if not isinstance(value, Tensor) or (value.device.type == "cpu" and device.type != "cpu"):
-        return float(value)
-    return moved(value, device)
-
-
-def moved(value: Tensor, device: torch.device) -> Tensor:
-    """Detached and on `device`, which is not touched if the value is there: that of a fake tensor need not exist."""
-    value = value.detach()
-    return value if value.device == device else value.to(device)
-
-
-def _as_rows(inputs: LossInputs) -> LossInputs:
-    """The same numbers as backends take them: logits (rows_outer, rows_inner, V), targets and token_weights (N,)."""
-    logits, targets, weights, token_weights, normalizer, expected_upstream = inputs
-    return LossInputs(
-        as_rows(logits.detach()),
-        _flat(targets),
-        None if weights is None else weights.contiguous(),
-        None if token_weights is None else _flat(token_weights),
-        normalizer,
-        expected_upstream,
-    )
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1).contiguous()
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    """(..., V) as (rows_outer, rows_inner, V), a view unless the leading dimensions cannot be merged into two."""
-    if logits.dim() == 2:
-        return logits.unsqueeze(0)
-    *leading, V = logits.shape
-    if not leading:
-        return logits.view(1, 1, V)
-    if logits.numel() == 0:
-        return logits.reshape(1, math.prod(leading), V)
-    # Merge neighbouring dimensions where one stride steps through both.
-    shape: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(leading, logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if shape and strides[-1] == size * stride:
-            shape[-1] *= size
-            strides[-1] = stride
-        else:
-            shape.append(size)
-            strides.append(stride)
-    if len(shape) > 2:
-        return logits.reshape(1, math.prod(leading), V)
-    while len(shape) < 2:
-        shape.insert(0, 1)
-        strides.insert(0, 0)
-    return logits.as_strided((*shape, V), (*strides, logits.stride(-1)))
-
-
-def empty_gradient(rows: Tensor, *, contiguous: bool = False) -> Tensor:
-    """Uninitialised memory for the gradient of (rows_outer, rows_inner, V) logits.
-
-    Laid out as the logits are, so that their rows have the same alignment, unless that would leave large gaps or make
-    elements share memory; contiguous then.
-    """
-    if rows.is_contiguous():
-        return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    steps = sorted((stride, size) for stride, size in zip(rows.stride(), rows.shape, strict=True) if size > 1)
-    span = 1  # elements from the first to the last
-    apart = True
-    for stride, size in steps:
-        apart = apart and stride >= span
-        span += (size - 1) * stride
-    if not contiguous and rows.stride(-1) == 1 and apart and span <= 1.25 * rows.numel():
-        return torch.empty_strided(rows.shape, rows.stride(), dtype=rows.dtype, device=rows.device)
-    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-
-
-def same_rows(rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (rows_outer, rows_inner, V) of one shape; a view of the gradient, whose rows were once the logits'."""
-    try:
-        return rows, gradient.view(rows.shape)
-    except RuntimeError:  # a hook on saved tensors returned the logits with other strides
-        row_gradient = as_rows(gradient)
-        return rows.reshape(row_gradient.shape), row_gradient

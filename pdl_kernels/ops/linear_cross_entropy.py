@@ -6,6 +6,7 @@ The gradients wait in `accumulate_dtype` until backward multiplies them for anot
 from the saved tensors. Where tensors are traced, two functional operators do the same without mutation.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,15 +17,20 @@ from torch import Tensor
 from pdl_kernels import backends
 from pdl_kernels.ops import flops
 from pdl_kernels.ops.chunks import Gradients, Run
-from pdl_kernels.ops.cross_entropy import as_operand, moved, on_device
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
+from pdl_kernels.ops.rows import as_operand, moved, on_device
+from pdl_kernels.ops.sharded_chunks import Sharding, make_run
 from pdl_kernels.options import DECLARED, SCALARS, LinearInputs, LinearOptions, LinearOutputs, LossOptions
 
 NAME = "pdl_linear_cross_entropy"
 
 
 def linear_cross_entropy(
-    inputs: LinearInputs, options: LossOptions, linear: LinearOptions, backend: str
+    inputs: LinearInputs,
+    options: LossOptions,
+    linear: LinearOptions,
+    backend: str,
+    sharding: Sharding | None = None,
 ) -> LinearOutputs:
     """The loss of checked inputs, differentiable in the parameters. The other outputs serve the statistics."""
     hidden = inputs.hidden
@@ -44,14 +50,16 @@ def linear_cross_entropy(
         if not torch.compiler.is_compiling():
             flops.share_formulas()
         denominator = as_operand(normalizer, hidden)
-        outputs = _forward_operator(*tensors, seed, denominator, *options, *linear, backend, dtype, *needs)
+        outputs = _forward_operator(
+            *tensors, seed, denominator, *options, *linear, backend, dtype, *_flat(sharding), *needs
+        )
         return LinearOutputs(*outputs[:4])
     inputs = inputs._replace(
         seed=seed,
         normalizer=on_device(normalizer, hidden.device),
         expected_upstream=on_device(expected_upstream, hidden.device),
     )
-    call = _Call(inputs, options, linear, backends.choose_backend(backend, hidden.device, dtype), dtype)
+    call = _Call(inputs, options, linear, backends.choose_backend(backend, hidden.device, dtype), dtype, sharding)
     if not any(needs):
         return call.run((False, False, False)).forward()[0]
     loss = _LinearCrossEntropy.apply(*inputs.parameters, call)
@@ -79,10 +87,11 @@ class _Call:
     linear: LinearOptions
     backend: str
     dtype: torch.dtype  # of the products
+    sharding: Sharding | None
     outputs: LinearOutputs | None = None  # left here by forward
 
     def run(self, needs: tuple[bool, ...]) -> Run:
-        return Run(self.inputs, self.options, self.linear, self.backend, self.dtype, needs)
+        return make_run(self.inputs, self.options, self.linear, self.backend, self.dtype, needs, self.sharding)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.needs = tuple(needs)
         outputs, ctx.waiting = call.run(ctx.needs).forward()
         call.outputs = outputs
-        ctx.settings = (call.options, call.linear, call.backend, call.dtype, ctx.needs)
+        ctx.settings = (call.options, call.linear, call.backend, call.dtype, ctx.needs, call.sharding)
         ctx.per_row = call.options.reduction == "none"
         *tensors, seed, _, _ = call.inputs
         ctx.save_for_backward(*tensors, seed, outputs.row_state, outputs.scalars)
@@ -105,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return no_gradients(ctx, after=0)
         backends.refuse_transforms(f"the backward of {NAME}", upstream)
         *tensors, row_state, scalars = ctx.saved_tensors
-        run = Run(LinearInputs(*tensors), *ctx.settings)
+        run = make_run(LinearInputs(*tensors), *ctx.settings)
         waiting, ctx.waiting = ctx.waiting, None
         with torch.no_grad():
             if ctx.per_row:
@@ -130,7 +139,8 @@ _TENSORS = (
 _SETTINGS = ", ".join(
     [
         *(declared.schema for declared in (*DECLARED[LossOptions], *DECLARED[LinearOptions])),
-        "str backend, ScalarType dtype, bool needs_hidden, bool needs_weight, bool needs_bias",
+        "str backend, ScalarType dtype, str group, int[] sizes, str weights_of",
+        "bool needs_hidden, bool needs_weight, bool needs_bias",
     ]
 )
 
@@ -142,19 +152,26 @@ class _Settings(NamedTuple):
     linear: LinearOptions
     backend: str  # as requested
     dtype: torch.dtype
+    sharding: Sharding | None
     needs: tuple[bool, ...]
 
     def run(self, *tensors: Tensor | None) -> Run:
         inputs = LinearInputs(*tensors)  # type: ignore[arg-type]
         backend = backends.choose_backend(self.backend, inputs.hidden.device, self.dtype)
-        return Run(inputs, self.options, self.linear, backend, self.dtype, self.needs)
+        return make_run(inputs, self.options, self.linear, backend, self.dtype, self.needs, self.sharding)
+
+
+def _flat(sharding: Sharding | None) -> tuple[Any, ...]:
+    """As arguments of an operator; no name: there is no group."""
+    return ("", [], "") if sharding is None else (sharding.group, list(sharding.sizes), sharding.weights)
 
 
 def _parse_settings(settings: Sequence[Any]) -> _Settings:
     first, second = len(DECLARED[LossOptions]), len(DECLARED[LossOptions]) + len(DECLARED[LinearOptions])
     options, linear = LossOptions(*settings[:first]), LinearOptions(*settings[first:second])
-    backend, dtype, *needs = settings[second:]
-    return _Settings(options, linear, backend, dtype, tuple(needs))
+    backend, dtype, group, sizes, weights, *needs = settings[second:]
+    sharding = Sharding(group, tuple(sizes), weights) if group else None
+    return _Settings(options, linear, backend, dtype, sharding, tuple(needs))
 
 
 def _forward(
@@ -179,7 +196,7 @@ def _forward(
         gradients = Gradients(None, None, None)
     to_hidden, to_weight, to_bias = (_or_empty(gradient, outputs.scalars) for gradient in gradients)
     if gradients.hidden is not None and positions is not None:
-        zeros = to_hidden.new_zeros(targets.numel(), hidden.shape[-1])
+        zeros = to_hidden.new_zeros(hidden.numel() // hidden.shape[-1], hidden.shape[-1])
         to_hidden = zeros.index_copy_(0, positions, to_hidden)
     return (*outputs, to_hidden, to_weight, to_bias)
 
@@ -193,7 +210,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     flops.share_formulas()  # with whoever counts a graph that is recorded here
     _, _, _, _, *settings = arguments
-    options, linear, _, dtype, (needs_hidden, needs_weight, needs_bias) = _parse_settings(settings)
+    options, linear, _, dtype, _, (needs_hidden, needs_weight, needs_bias) = _parse_settings(settings)
     per_row = options.reduction == "none"
     result = torch.float64 if dtype == torch.float64 else torch.float32
     sums = torch.promote_types(dtype, linear.accumulate_dtype)
@@ -210,7 +227,7 @@ def _fake_forward(
         targets.new_empty((2, rows if per_row else 0), dtype=result),
         targets.new_empty((len(SCALARS),), dtype=result),
         targets.new_empty((), dtype=torch.int64),
-        gradient(needs_hidden, rows, H),
+        gradient(needs_hidden, math.prod(hidden.shape[:-1]), H),
         gradient(needs_weight, V, H),
         gradient(needs_bias, V),
     )

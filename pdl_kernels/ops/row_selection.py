@@ -25,10 +25,8 @@ class Rows(NamedTuple):
             # 0 * nan would carry the nan of an uncounted row into the weight's gradient.
             hidden = hidden if self.uncounted is None else torch.where(self.uncounted[:, None], 0, hidden)
         else:
-            u = None if u is None else u[self.positions]
-            tokens = tokens._replace(
-                logits=tokens.logits[:, : len(self.positions)], targets=tokens.targets[self.positions]
-            )
+            tokens = tokens.take(self.positions, tokens.logits[:, : len(self.positions)])
+            u = tokens.token_weights
             hidden = hidden[self.positions]
         if self.scale is not None:
             u = self.scale if u is None else u * self.scale
@@ -94,30 +92,37 @@ def contributing(tokens: LossInputs, options: LossOptions) -> Tensor:
 
 def differentiated(tokens: LossInputs, options: LossOptions, rows: Tensor) -> Tensor:
     """(N,) bool: those of `rows` whose gradient may differ from 0. `rows` itself where that is all of them."""
-    if tokens.weights is None or options.label_smoothing > 0 or options.z_loss > 0:
+    if not _weighted(tokens) or options.label_smoothing > 0 or options.z_loss > 0:
         return rows
-    is_class, w = _target_weights(tokens, tokens.weights)
+    is_class, w = _target_weights(tokens)
     return rows & (~is_class | (w != 0))
 
 
 def row_factors(tokens: LossInputs, options: LossOptions, scalars: Tensor) -> Tensor:
     """(N,) u_i [(1 - s) w(y_i) + s / V sum_j w_j], without the denominator."""
-    s, V = options.label_smoothing, tokens.logits.shape[-1]
-    if tokens.weights is None:
-        w = scalars.new_ones(tokens.targets.numel())
+    s, V = options.label_smoothing, tokens.vocab_size
+    if _weighted(tokens):
+        w = _target_weights(tokens)[1].to(scalars.dtype)
     else:
-        w = _target_weights(tokens, tokens.weights)[1].to(scalars.dtype)
+        w = scalars.new_ones(tokens.targets.numel())
     factors = (1 - s) * w
     if s > 0:
         factors = factors + s / V * scalars[WEIGHT_TOTAL]
     return factors if tokens.token_weights is None else factors * tokens.token_weights.to(scalars.dtype)
 
 
-def _target_weights(tokens: LossInputs, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted(tokens: LossInputs) -> bool:
+    return tokens.weights is not None if tokens.shard is None else tokens.shard.row_weights is not None
+
+
+def _target_weights(tokens: LossInputs) -> tuple[Tensor, Tensor]:
     """(N,) whether the target is a class, and the class's weight."""
     y = tokens.targets.long()
-    is_class = (y >= 0) & (y < tokens.logits.shape[-1])
-    return is_class, weights[torch.where(is_class, y, 0)]
+    is_class = (y >= 0) & (y < tokens.vocab_size)
+    if tokens.shard is not None and tokens.shard.row_weights is not None:
+        return is_class, tokens.shard.row_weights
+    assert tokens.weights is not None
+    return is_class, tokens.weights[torch.where(is_class, y, 0)]
 
 
 def pack_order(read: Tensor, kept: Tensor) -> tuple[Tensor | None, int]:

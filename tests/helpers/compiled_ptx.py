@@ -26,7 +26,7 @@ import torch
 from benchmarks.roofline.compile import Launch, compiled_launches
 from helpers.ptx_races import Call, Kernel
 from pdl_kernels.kernels import launch, planner
-from pdl_kernels.ops.cross_entropy import empty_gradient
+from pdl_kernels.ops.rows import empty_gradient
 from pdl_kernels.options import SCALARS, LossInputs, LossOptions
 
 BITS = {"i32": 32, "i64": 64}

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from pdl_kernels.eager import cross_entropy as eager
 from pdl_kernels.kernels import launch, planner
-from pdl_kernels.ops.cross_entropy import as_rows, empty_gradient
+from pdl_kernels.ops.rows import as_rows, empty_gradient
 from pdl_kernels.options import LossInputs, LossOptions, RowOutputs
 
 SMS = 132

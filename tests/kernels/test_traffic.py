@@ -228,7 +228,7 @@ def test_an_extra_pass_in_a_kernel_is_caught(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     from pdl_kernels.kernels import launch
 
-    run_once = launch._launch_loss_rows
+    run_once = launch.launch_loss_rows
 
     def run_twice(*arguments):
         run_once(*arguments)

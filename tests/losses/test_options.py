@@ -97,6 +97,7 @@ OTHER_VALUES = {
     "ignore_index": 3, "reduction": "mean", "label_smoothing": 0.25, "z_loss": 0.0, "softcap": 5.0, "logit_scale": 0.5,
     "return_stats": True, "normalizer": 7.0, "expected_upstream": 2.0, "inplace": True, "backend": "eager",
     "chunk_size": 4, "accumulate_dtype": torch.float64, "compact": True, "row_sampling": 0.5,
+    "group": None, "sequence_parallel": True,
 }  # fmt: skip
 
 
@@ -116,12 +117,12 @@ def test_a_module_takes_what_its_function_takes(loss):
 def test_a_module_shows_itself():
     assert repr(PDLCrossEntropyLoss(torch.ones(3), softcap=30.0)) == (
         "PDLCrossEntropyLoss(weights=(3,), ignore_index=-100, reduction='mean', label_smoothing=0.0, z_loss=0.0, "
-        "softcap=30.0, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, inplace=False)"
+        "softcap=30.0, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, inplace=False, group=None)"
     )
     assert repr(PDLLinearCrossEntropyLoss()) == (
         "PDLLinearCrossEntropyLoss(weights=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, z_loss=0.0, "
         "softcap=None, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, chunk_size=None, "
-        "accumulate_dtype=torch.float32, compact=None, row_sampling=0.0)"
+        "accumulate_dtype=torch.float32, compact=None, row_sampling=0.0, sequence_parallel=False, group=None)"
     )
 
 
@@ -153,10 +154,12 @@ LOSS_SCHEMA = (
     "SymInt ignore_index, str reduction, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
     "bool return_stats, "
 )
-LINEAR_SCHEMA = "SymInt? chunk_size, ScalarType accumulate_dtype, bool? compact, float row_sampling, "
+LINEAR_SCHEMA = (
+    "SymInt? chunk_size, ScalarType accumulate_dtype, bool? compact, float row_sampling, bool sequence_parallel, "
+)
 
 
-@pytest.mark.parametrize("operator", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("operator", ["cross_entropy", "sharded_cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("direction", ["", "_backward"])
 def test_an_operator_takes_what_is_declared(operator, direction):
     schema = str(getattr(torch.ops.pdl_kernels, operator + direction).default._schema)
