@@ -263,6 +263,7 @@ class LossInputs(NamedTuple):
     normalizer: Tensor | float | None = None  # 0-d; for backends on the logits' device
     expected_upstream: Tensor | float = 1.0  # 0-d; for backends on the logits' device
     shard: Shard | None = None  # None: the logits hold every column
+    row_groups: tuple[str, ...] = ()  # names of groups whose ranks have other tokens of the same call
 
     @property
     def vocab_size(self) -> int:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 NONE, WHOLE, SHARDED = "none", "whole", "sharded"
 
@@ -157,6 +156,8 @@ def even_split(vocab_size: int, group: dist.ProcessGroup, weights: str) -> Split
 
 def _exchange(group: dist.ProcessGroup, mine: Call) -> list[Call]:
     """What each rank of the group says in this round."""
+    from torch.distributed import distributed_c10d  # not there in builds of torch without it
+
     store = distributed_c10d._get_process_group_store(group)
     name, rank = group.group_name, dist.get_rank(group)
     round_number = _rounds[name]

@@ -77,7 +77,7 @@ def forward(inputs: LossInputs, options: LossOptions, gradient: Tensor | None) -
 
 def denominators(inputs: LossInputs, options: LossOptions) -> tuple[Tensor, Tensor]:
     """`LossOutputs.scalars`, statistics still missing, and the number of counted tokens. No logit is read."""
-    _, targets, weights, token_weights, normalizer, expected_upstream, shard = inputs
+    _, targets, weights, token_weights, normalizer, expected_upstream, shard, _ = inputs
     if shard is not None:
         weights = shard.row_weights
     scalars = torch.empty(len(SCALARS), dtype=torch.float32, device=targets.device)

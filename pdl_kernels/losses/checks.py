@@ -161,6 +161,11 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; accepted is a torch.Tensor")
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether it is a torch.distributed.tensor.DTensor, without importing that."""
+    return type(value) is not Tensor and hasattr(value, "device_mesh")
+
+
 def check_inputs(inputs: LossInputs, *, sharded: bool = False) -> None:
     """Shapes, dtypes and devices; ValueError, TypeError or NotImplementedError.
 
@@ -173,11 +178,9 @@ def check_inputs(inputs: LossInputs, *, sharded: bool = False) -> None:
     _check_tensor("targets", targets)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits are {logits.dtype}; accepted are {_names(LOGITS_DTYPES)}")
-    if type(logits) is not Tensor and hasattr(logits, "device_mesh"):
-        raise TypeError(
-            "logits are a DTensor; accepted is a plain tensor: .full_tensor(), or .to_local() if the vocabulary is "
-            "not sharded"
-        )
+    for name, value in (("targets", targets), ("weights", weights), ("token_weights", token_weights)):
+        if is_dtensor(value):
+            raise TypeError(f"{name} are a DTensor and logits are not; accepted is a plain tensor: {name}.to_local()")
     shape = logits.shape
     if not shape or (shape[-1] == 0 and not sharded):
         raise ValueError(f"logits have shape {tuple(shape)}; accepted is (..., V) with V >= 1 classes")

@@ -177,7 +177,11 @@ def pdl_cross_entropy(
     checks.check_normalizer(call.normalizer, options.reduction)
     inputs = LossInputs(logits, targets, weights, token_weights, call.normalizer, call.expected_upstream)
     outputs: LossOutputs
-    if group is not None:
+    if checks.is_dtensor(logits):
+        from pdl_kernels.losses import dtensors
+
+        outputs = dtensors.dtensor_cross_entropy(inputs, options, call)
+    elif group is not None:
         checks.check_group(group)
         checks.check_inputs(inputs, sharded=True)
         outputs = sharded_cross_entropy.sharded_cross_entropy(

@@ -18,6 +18,7 @@ from torch import Tensor
 from pdl_kernels import backends
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace, share_storage
+from pdl_kernels.ops.row_groups import sum_denominators, sum_statistics
 from pdl_kernels.ops.rows import as_operand, as_rows, empty_gradient, inputs_as_rows, on_device, same_rows
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
 
@@ -27,13 +28,13 @@ VALIDATE_VARIABLE = "PDL_KERNELS_VALIDATE"
 
 def cross_entropy(inputs: LossInputs, options: LossOptions, backend: str, *, inplace: bool = False) -> LossOutputs:
     """The loss of checked inputs, differentiable in the logits. The other outputs serve the statistics."""
-    logits, targets, weights, token_weights, normalizer, expected_upstream, _ = inputs
+    logits, targets, weights, token_weights, normalizer, expected_upstream, *_ = inputs
     traced = backends.is_traced(logits, targets, weights, token_weights)
     if not torch.compiler.is_compiling():
         backends.refuse_transforms(NAME, logits)
     if traced:
-        denominator = as_operand(normalizer, logits)
-        return LossOutputs(*_forward_operator(logits, targets, weights, token_weights, denominator, *options, backend))
+        tensors = logits, targets, weights, token_weights, as_operand(normalizer, logits)
+        return LossOutputs(*_forward_operator(*tensors, *options, backend, list(inputs.row_groups)))
     inputs = inputs._replace(
         normalizer=on_device(normalizer, logits.device), expected_upstream=on_device(expected_upstream, logits.device)
     )
@@ -164,12 +165,24 @@ def _run_forward(call: _Call, *, with_gradient: bool = False) -> tuple[LossOutpu
     gradient = None
     if with_gradient:
         gradient = rows.logits if inplace else empty_gradient(rows.logits)
-    outputs = call.backend.forward(rows, call.options, gradient)
+    outputs = (
+        _of_all_ranks(call, rows, gradient) if rows.row_groups else call.backend.forward(rows, call.options, gradient)
+    )
     if call.options.reduction == "none":
         outputs = outputs._replace(loss=outputs.loss.view(targets.shape))
     if gradient is not None:
         gradient = logits if inplace else gradient.reshape(logits.shape)
     return outputs, gradient
+
+
+def _of_all_ranks(call: _Call, rows: LossInputs, gradient: Tensor | None) -> LossOutputs:
+    """The backend's `forward`, with the denominators and statistics of all ranks' tokens."""
+    scalars, token_count = call.backend.denominators(rows, call.options)
+    sum_denominators(rows, call.options, scalars, token_count, rows.row_groups)
+    found = call.backend.loss_rows(rows, call.options, scalars, gradient)
+    loss = call.backend.reduce_rows(found, call.options, scalars, token_count)
+    sum_statistics(call.options, scalars, rows.row_groups)
+    return LossOutputs(loss, found.state, scalars, token_count)
 
 
 def _run_backward(inputs: LossInputs, kept: _Kept, upstream: Tensor, *, contiguous: bool = False) -> Tensor:
@@ -233,15 +246,15 @@ def _forward(
     normalizer: Tensor | None,
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *options, backend = settings
-    inputs = LossInputs(logits, targets, weights, token_weights, normalizer)
+    *options, backend, row_groups = settings
+    inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=tuple(row_groups))
     call = _Call(inputs, LossOptions(*options), _backend_of(backend, logits), inplace=False)
     (loss, row_state, scalars, token_count), _ = _run_forward(call)
     return loss, row_state, scalars, targets.new_zeros((), dtype=torch.int64) if token_count is None else token_count
 
 
 def _fake_forward(logits: Tensor, targets: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, _, *options, _ = arguments
+    _, _, _, *options, _, _ = arguments
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     per_row = LossOptions(*options).reduction == "none"
     return (
@@ -274,7 +287,7 @@ def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 _forward_operator = torch.library.custom_op(
     "pdl_kernels::cross_entropy", _forward, mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str[] row_groups) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _backward_operator = torch.library.custom_op(
     "pdl_kernels::cross_entropy_backward", _backward, mutates_args=(),
@@ -285,7 +298,7 @@ _backward_operator.register_fake(_fake_backward)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, weights, token_weights, _, *ctx.settings = inputs
+    logits, targets, weights, token_weights, _, *ctx.settings, _ = inputs
     _, row_state, scalars, _ = output
     ctx.save_for_backward(logits, targets, weights, token_weights, row_state, scalars)
     ctx.mark_non_differentiable(*output[1:])

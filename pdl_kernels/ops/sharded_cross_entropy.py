@@ -7,6 +7,7 @@ Where tensors are traced, two functional operators do the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from pdl_kernels.distributed.vocabulary import Call, Split, agreed_split, dtype_
 from pdl_kernels.ops.cross_entropy import check_targets, validates
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace
+from pdl_kernels.ops.row_groups import sum_denominators, sum_statistics
 from pdl_kernels.ops.rows import as_operand, empty_gradient, inputs_as_rows, on_device
 from pdl_kernels.ops.shards import Shards
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
@@ -37,14 +39,14 @@ def sharded_cross_entropy(
     inplace: bool = False,
 ) -> LossOutputs:
     """The loss of checked inputs, differentiable in the logits. The other outputs serve the statistics."""
-    logits, targets, weights, token_weights, normalizer, expected_upstream, _ = inputs
+    logits, targets, weights, token_weights, normalizer, expected_upstream, *_ = inputs
     traced = backends.is_traced(logits, targets, weights, token_weights)
     if not torch.compiler.is_compiling():
         backends.refuse_transforms(NAME, logits)
     if traced:
         sizes, parts = ([], "") if split is None else (list(split.sizes), split.weights)
         tensors = logits, targets, weights, token_weights, as_operand(normalizer, logits)
-        outputs = _forward_operator(*tensors, *options, backend, name_of(group), sizes, parts)
+        outputs = _forward_operator(*tensors, *options, backend, name_of(group), sizes, parts, list(inputs.row_groups))
         return LossOutputs(*outputs[:4])
     device = logits.device
     inputs = inputs._replace(
@@ -87,8 +89,11 @@ class _Call:
                 remember(self.group, self._described(), shards.split)
         rows = shards.with_row_weights(rows, exchanged)
         scalars, token_count = shards.denominators(rows, exchanged.totals)
+        if rows.row_groups:
+            sum_denominators(rows, options, scalars, token_count, rows.row_groups)
         found = shards.merge(rows, options, scalars, exchanged)
         loss = shards.backend.reduce_rows(found, options, scalars, token_count)
+        sum_statistics(options, scalars, rows.row_groups)
         if options.reduction == "none":
             loss = loss.view(inputs.targets.shape)
         assert rows.shard is not None
@@ -177,7 +182,7 @@ _SETTINGS = ", ".join(
 )
 
 
-def _call_of(inputs: LossInputs, settings: tuple[Any, ...]) -> _Call:
+def _call_of(inputs: LossInputs, settings: Sequence[Any]) -> _Call:
     *options, backend, name, sizes, parts = settings
     group = group_of(name)
     split = Split(tuple(sizes), dist.get_rank(group), parts) if sizes else None
@@ -194,7 +199,9 @@ def _forward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, row state, scalars, token count, and the weights of the targets, empty where there are none."""
-    call = _call_of(LossInputs(logits, targets, weights, token_weights, normalizer), settings)
+    *rest, row_groups = settings
+    inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=tuple(row_groups))
+    call = _call_of(inputs, rest)
     (loss, row_state, scalars, token_count), _, row_weights = call.forward()
     if token_count is None:
         token_count = targets.new_zeros((), dtype=torch.int64)
@@ -205,7 +212,7 @@ def _forward(
 def _fake_forward(
     logits: Tensor, targets: Tensor, weights: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, _, *options, _, _, _, _ = arguments
+    _, _, *options, _, _, _, _, _ = arguments
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     per_row = LossOptions(*options).reduction == "none"
     return (
@@ -241,7 +248,7 @@ def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 _forward_operator = torch.library.custom_op(
     "pdl_kernels::sharded_cross_entropy", _forward, mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}) -> ({', '.join(['Tensor'] * 5)})",
+    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str[] row_groups) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
 _backward_operator = torch.library.custom_op(
     "pdl_kernels::sharded_cross_entropy_backward", _backward, mutates_args=(),
@@ -253,7 +260,7 @@ _backward_operator.register_fake(_fake_backward)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, weights, token_weights, _, *ctx.settings = inputs
+    logits, targets, weights, token_weights, _, *ctx.settings, _ = inputs
     _, row_state, scalars, _, row_weights = output
     ctx.save_for_backward(logits, targets, weights, token_weights, row_state, scalars, row_weights)
     ctx.mark_non_differentiable(*output[1:])
