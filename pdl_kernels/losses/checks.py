@@ -27,7 +27,6 @@ KINDS = {
     int: int,
     float: Real,
     bool: bool,
-    ProcessGroup: ProcessGroup,
 }  # classes that are accepted where an option declares a type
 
 Options = TypeVar("Options", bound=tuple[Any, ...])  # LossOptions, LinearOptions or CallOptions
@@ -57,7 +56,7 @@ def check_options(options: Options) -> Options:
             value = _of_kind(declared, value)
         if option.choices is not None:
             accepted = not given or value in option.choices
-        elif not given or isinstance(value, (bool, Tensor, ProcessGroup)):
+        elif not given or declared.name == "group" or isinstance(value, (bool, Tensor)):
             accepted = True
         else:
             measured = value if option.measure is None else option.measure(value)
@@ -79,6 +78,10 @@ def _of_kind(declared: Declared, value: Any) -> Any:
     """A value of another type than the declared one, where it may stand for it; TypeError otherwise."""
     if not declared.option.accepted:
         return bool(value)
+    if declared.name == "group":
+        if not isinstance(value, ProcessGroup):
+            raise TypeError(f"group is a {type(value).__name__}; accepted is {declared.option.accepted}")
+        return value
     if declared.kind in (str, torch.dtype):
         return value  # any other value is none of the choices
     if declared.takes_tensor and isinstance(value, Tensor):

@@ -124,9 +124,13 @@ class Run:
 
     def forward(self) -> tuple[LinearOutputs, Waiting]:
         """The loss, and the gradients for the expected upstream gradient."""
+        self._prepare()
         check_targets(self.inputs.targets, self.tokens.vocab_size, self.options.ignore_index)
         with self._plain_arithmetic():
             return self._pass(*self._denominators())
+
+    def _prepare(self) -> None:
+        """What has to be known before tokens are looked at."""
 
     def _denominators(self) -> tuple[Tensor, Tensor]:
         scalars, token_count = self.backend.denominators(self.tokens, self.options)
@@ -134,6 +138,7 @@ class Run:
 
     def gradients_again(self, scalars: Tensor) -> Waiting:
         """The gradients of `forward` once more, from what it found."""
+        self._prepare()
         with self._plain_arithmetic():
             return self._pass(scalars.clone(), scalars.new_zeros((), dtype=torch.int64))[1]
 
@@ -199,6 +204,7 @@ class Run:
 
     def backward_rows(self, upstream: Tensor, row_state: Tensor, scalars: Tensor) -> Waiting:
         """The gradients of reduction "none" for an upstream gradient (N,) per row."""
+        self._prepare()
         with self._plain_arithmetic():
             upstream = upstream.reshape(-1)
             kept = differentiated(self.tokens, self.options, contributing(self.tokens, self.options))

@@ -90,7 +90,11 @@ class ShardedRun(Run):
         self.split = split
         self.shards = Shards(split, self.group, options, backend, gathers_weights=False)
         self.agreed: Tensor | None = None  # () bool, where it is not looked at here
-        self.tokens, self.weight_total = self._whole_tokens()
+        self.weight_total: Tensor | None = None  # of the whole table, where it is needed
+
+    def _prepare(self) -> None:
+        with self._plain_arithmetic():
+            self.tokens, self.weight_total = self._whole_tokens()
 
     def _described(self) -> Call:
         weights = self.inputs.weights
