@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pdl_kernels import PowerLawWeighting, TokenCounts, pdl_cross_entropy
+from pdl_kernels import PowerLawWeighting, TokenCounts, global_normalizer, pdl_cross_entropy
 
 STEPS, MICRO_BATCHES, ROWS = 100, 4, 8
 torch.manual_seed(0), random.seed(0)
@@ -26,7 +26,7 @@ model = torch.nn.Sequential(torch.nn.Embedding(256, 64), torch.nn.Linear(64, 256
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for step in range(1, STEPS + 1):
     micro_batches = [batch_of(random.sample(lines, ROWS)) for _ in range(MICRO_BATCHES)]
-    targets_of_step = sum((targets != -100).sum() for _, targets in micro_batches)
+    targets_of_step = global_normalizer([targets for _, targets in micro_batches])  # of all processes, if there are
     loss = nll = 0.0
     for inputs, targets in micro_batches:
         # The parts add up to the loss of one big batch, and their gradients to its gradient.

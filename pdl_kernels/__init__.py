@@ -12,6 +12,7 @@ if version_tuple(torch.__version__) < MINIMUM_TORCH:
 from pdl_kernels.data.tokenizers import special_token_ids
 from pdl_kernels.losses.functional import pdl_cross_entropy, pdl_linear_cross_entropy
 from pdl_kernels.losses.modules import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss
+from pdl_kernels.losses.normalizer import global_normalizer
 from pdl_kernels.options import LossStats
 from pdl_kernels.weights.calibration import calibration_bias
 from pdl_kernels.weights.counts import TokenCounts
@@ -41,6 +42,7 @@ __all__ = [
     "WeightSchedule",
     "calibration_bias",
     "describe",
+    "global_normalizer",
     "load_weights",
     "pdl_cross_entropy",
     "pdl_linear_cross_entropy",

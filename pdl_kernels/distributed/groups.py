@@ -15,7 +15,7 @@ def require(caller: str) -> None:
 
 def extremes(values: Sequence[int], group: dist.ProcessGroup | None) -> list[tuple[int, int]]:
     """The (smallest, largest) of each value over the ranks, found in one message."""
-    mine = torch.tensor(values, device=_communication_device(group))
+    mine = torch.tensor(values, device=communication_device(group))
     both = torch.cat([-mine, mine])  # a minimum is the negated maximum of the negated values
     dist.all_reduce(both, dist.ReduceOp.MAX, group)
     negated, largest = both.view(2, -1).tolist()
@@ -24,12 +24,12 @@ def extremes(values: Sequence[int], group: dist.ProcessGroup | None) -> list[tup
 
 def sums(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The sum over the ranks of each 1-d int64 tensor, as a new CPU tensor, found in one message."""
-    everything = torch.cat(list(tensors)).to(_communication_device(group))
+    everything = torch.cat(list(tensors)).to(communication_device(group))
     dist.all_reduce(everything, dist.ReduceOp.SUM, group)
     return [part.clone() for part in everything.cpu().split([len(tensor) for tensor in tensors])]
 
 
-def _communication_device(group: dist.ProcessGroup | None) -> torch.device:
+def communication_device(group: dist.ProcessGroup | None) -> torch.device:
     """The device whose tensors the group's backend takes; nccl takes only those of the accelerator."""
     if dist.get_backend(group) in ("gloo", "mpi", "ucc", "undefined"):
         return torch.device("cpu")
