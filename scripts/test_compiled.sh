@@ -46,7 +46,7 @@ execute() { $venv/bin/python -m ttsem.sanitize pytest -q -p no:cacheprovider --t
 
 # Two jobs: what ttsem executes cannot be spread over pytest's workers. Each ends at its first failing command.
 (set -e
-    execute tests/kernels/test_kernels.py
+    execute tests/kernels/test_{kernels,shard_kernels}.py
     races
 ) >"$work/kernels.log" 2>&1 &
 kernels=$!

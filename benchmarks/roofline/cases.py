@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import VOCABULARIES
-from pdl_kernels.kernels import launch
+from pdl_kernels.kernels import launch, shard_launch
 from pdl_kernels.kernels.planner import TWO_PASSES, plan_loss
 from pdl_kernels.ops.rows import empty_gradient
-from pdl_kernels.options import SCALARS, LossInputs, LossOptions
+from pdl_kernels.options import SCALARS, LossInputs, LossOptions, Shard, ShardLayout
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -55,6 +55,7 @@ class CompiledCall(NamedTuple):
     offset: int = 0  # elements from an aligned address to the first logit
     forced: str = ""  # of planner.KERNELS, where another would be launched
     clusters: bool | None = True  # as PDL_KERNELS_CLUSTERS would say it; None: the planner's own choice
+    shards: int = 0  # ranks that have as many columns each; 0: the logits are not split
 
     @property
     def layout(self) -> str:
@@ -70,6 +71,7 @@ class CompiledCall(NamedTuple):
             "offset": self.offset > 0,
             self.forced: bool(self.forced),
             "no clusters asked for": not self.clusters,
+            f"one of {self.shards} shards": self.shards > 0,
         }
         return ", ".join(name for name, present in unusual.items() if present)
 
@@ -85,6 +87,9 @@ def compile_call(case: CompiledCall) -> None:
         _empty() if case.normalizer else None,
         _empty() if case.expected_upstream else 1.0,
     )
+    if case.shards:
+        shard = Shard(case.vocab_size, case.shards * case.vocab_size, _empty(case.rows) if case.weights else None)
+        inputs = inputs._replace(shard=shard)
     row_state, scalars = _empty(2, case.rows), _empty(len(SCALARS))
     per_row = options.reduction == "none"
     upstream = _empty(case.rows) if per_row else _empty()
@@ -96,9 +101,23 @@ def compile_call(case: CompiledCall) -> None:
             launch.scale(logits, scalars, upstream)
         elif case.call == GRADIENT:
             gradient = empty_gradient(logits)
-            launch.backward(inputs, options, row_state, scalars, upstream, gradient, unless_expected=not per_row)
+            again = not per_row and not case.shards  # of shards the gradient is formed once
+            launch.backward(inputs, options, row_state, scalars, upstream, gradient, unless_expected=again)
+        elif case.shards:
+            _compile_shard(inputs, options, case.shards)
         else:
             launch.forward(inputs, options, empty_gradient(logits) if case.call == BOTH else None)
+
+
+def _compile_shard(inputs: LossInputs, options: LossOptions, shards: int) -> None:
+    """What a rank launches in forward."""
+    layout = ShardLayout.of(smoothing=options.label_smoothing > 0, row_weights=False)
+    found = _empty(layout.numbers, len(inputs.targets))
+    shard_launch.shard_rows(inputs, options, layout, found)
+    scalars, token_count = launch.denominators(inputs, options)
+    totals = _empty(shards) if layout.smoothing else None
+    rows = shard_launch.merge_shards(inputs, options, scalars, layout, _empty(shards, *found.shape), totals)
+    launch.reduce_rows(rows, options, scalars, token_count)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,6 +167,11 @@ def quick_cases() -> list[CompiledCall]:
     found += [CompiledCall(call, "sm_90", vocab_size=50257) for call in (LOSS, GRADIENT)]
     found.append(CompiledCall(LOSS, "sm_90", vocab_size=50257, rows=FEW_ROWS))
     found.append(CompiledCall(BOTH, "sm_100", vocab_size=50257, options="stats"))  # the closest to a spill
+    for target in TARGETS:
+        found += [CompiledCall(call, target, vocab_size=16032, shards=8) for call in (LOSS, GRADIENT)]
+    shard = CompiledCall(LOSS, "sm_90", vocab_size=16032, shards=8)
+    found += [shard._replace(call=call, options="everything", rows=FEW_ROWS) for call in (LOSS, GRADIENT)]
+    found += [shard._replace(call=call, dtype="float32", weights=False, vocab_size=6283) for call in (LOSS, GRADIENT)]
     alone = CompiledCall(BOTH, "sm_100", vocab_size=32000, clusters=None)  # held by one block
     return [*found, alone, alone._replace(options="z_loss"), alone._replace(dtype="float32")]
 

@@ -28,6 +28,7 @@ KERNEL_WALKS: dict[str, tuple[str, ...]] = {
     HELD_ROW_KERNEL: ("single pass",),
     "slice_rows_kernel": ("forward only",),
     "merge_rows_kernel": (),
+    "merge_shards_kernel": (),
     "gradient_rows_kernel": ("gradient",),
     "scale_rows_kernel": ("scale",),
     "reduce_rows_kernel": (),
