@@ -31,7 +31,8 @@ DIFFERENTIATED = {
     "docs/training.md": "model.lm_head.weight",
     "docs/weights.md": "logits",
 }
-RUN_ELSEWHERE = {"docs/training_accelerate.md"}  # in tests/integrations/test_accelerate.py
+# In tests/integrations/test_accelerate.py, and in tests/distributed/test_distributed_page.py.
+RUN_ELSEWHERE = {"docs/training_accelerate.md", "docs/distributed.md"}
 
 
 @pytest.mark.parametrize("name", WITH_EXAMPLES)

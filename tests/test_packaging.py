@@ -113,7 +113,7 @@ def test_auto_picks_triton_on_a_gpu_and_eager_elsewhere(monkeypatch):
 def test_public_names():
     import pdl_kernels
 
-    guides = ["README.md", "docs/loss.md", "docs/linear.md", "docs/weights.md"]
+    guides = ["README.md", "docs/loss.md", "docs/linear.md", "docs/weights.md", "docs/distributed.md"]
     documented = "".join((ROOT / guide).read_text() for guide in guides)
     for name in pdl_kernels.__all__:
         assert hasattr(pdl_kernels, name)

@@ -326,8 +326,9 @@ def _check_parameter(name: str, value: Any, *, may_be_empty: bool = False) -> No
     _check_tensor(name, value)
     if hasattr(value, "device_mesh"):
         raise TypeError(
-            f"{name} is a DTensor; accepted is a plain tensor: gather it with .full_tensor(), which autograd follows, "
-            "or keep the output layer out of tensor and fully sharded parallelism"
+            f"{name} is a DTensor; accepted is a plain tensor: under FSDP call the loss inside the forward of the "
+            f"module that holds it, under tensor parallelism pass {name}.to_local() and group=mesh.get_group(); "
+            "full_tensor() alone would leave its gradient unsummed (docs/distributed.md)"
         )
     if value.numel() == 0 and not may_be_empty:
         raise ValueError(

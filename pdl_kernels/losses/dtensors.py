@@ -98,7 +98,7 @@ def _local_rows(name: str, value: Any, logits: DTensor, places: _Places) -> Any:
             )
         if value.shape != logits.shape[:-1]:
             raise ValueError(
-                f"{name} have shape {tuple(value.shape)} and logits {tuple(logits.shape)}; accepted are {name} of shape "
+                f"{name} have shape {tuple(value.shape)} and logits {tuple(logits.shape)}; accepted is the shape "
                 f"{tuple(logits.shape[:-1])}"
             )
         return value.redistribute(placements=_row_placements(logits, places)).to_local()

@@ -73,9 +73,7 @@ def global_normalizer(
     return total
 
 
-def _sum_of(
-    targets: Tensor, weights: Tensor | None, u: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> Tensor:
+def _sum_of(targets: Tensor, weights: Tensor | None, u: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """() sum of w[y_i] |u_i| over the counted tokens of one tensor."""
     checks.check_target_dtype(targets)
     checks.check_factors(targets, weights, u, "targets", targets, None)

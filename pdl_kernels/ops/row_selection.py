@@ -101,10 +101,8 @@ def differentiated(tokens: LossInputs, options: LossOptions, rows: Tensor) -> Te
 def row_factors(tokens: LossInputs, options: LossOptions, scalars: Tensor) -> Tensor:
     """(N,) u_i [(1 - s) w(y_i) + s / V sum_j w_j], without the denominator."""
     s, V = options.label_smoothing, tokens.vocab_size
-    if _weighted(tokens):
-        w = _target_weights(tokens)[1].to(scalars.dtype)
-    else:
-        w = scalars.new_ones(tokens.targets.numel())
+    ones = scalars.new_ones(tokens.targets.numel())
+    w = _target_weights(tokens)[1].to(scalars.dtype) if _weighted(tokens) else ones
     factors = (1 - s) * w
     if s > 0:
         factors = factors + s / V * scalars[WEIGHT_TOTAL]

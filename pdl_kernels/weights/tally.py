@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pdl_kernels.distributed import groups
 from pdl_kernels.data.batches import Batches
 from pdl_kernels.data.labels import Block, count_documents, count_ids
 from pdl_kernels.data.tokenizers import special_token_ids
+from pdl_kernels.distributed import equality, groups
 from pdl_kernels.weights import files
 from pdl_kernels.weights.checks import check_integer
 from pdl_kernels.weights.progress import Progress
@@ -212,18 +212,51 @@ class Tally:
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with what was counted; whole or not at all. Counting can go on after `load`."""
+    def save(self, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> None:
+        """Write a safetensors file with what was counted; whole or not at all. Counting can go on after `load`.
+
+        Args:
+            group: a group of torch.distributed, such as `torch.distributed.group.WORLD`, every rank of which calls
+                this, as after `all_reduce`. They check that all have the same, the group's first rank writes to its
+                `path`, and the others wait until the file is there. None, which WORLD also is before
+                `init_process_group`: this process alone, whatever others do.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: on every rank of the group, where a rank has other counts than the others; it names the rank.
+                What was counted, in words, may differ, and is kept as the first rank says it.
+            RuntimeError: another rank of the group has failed; names it and its error. Or torch.distributed is not
+                initialised.
+        """
         tensors = {"counts": self.counts}
         if self.document_counts is not None:
             tensors["document_counts"] = self.document_counts
-        facts = {"vocab_size": self.vocab_size, "tokens": self.total}
-        files.save(path, files.COUNTS, tensors, facts | {name: getattr(self, name) for name in FACTS})
+        facts = {"vocab_size": self.vocab_size, "tokens": self.total} | {name: getattr(self, name) for name in FACTS}
+        caller = f"TokenCounts.save to {os.fspath(path)}"
+        equality.check_equal(caller, {**tensors, **facts, "counted": None}, group)
+        with equality.together(caller, group):
+            if equality.is_first(group):
+                files.save(path, files.COUNTS, tensors, facts)
 
     @classmethod
-    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote. FileNotFoundError; ValueError: damaged, or a file of another kind or version."""
-        tensors, facts = files.load_counts(path)
+    def load(cls: type[Self], path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            group: a group of torch.distributed, such as `torch.distributed.group.WORLD`, every rank of which calls
+                this. Each reads its own `path`, and they check that they have read the same. None: as in `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a damaged file, or one of another kind or version. On every rank of the group, where a rank has
+                read other counts or facts than the others; it names the rank.
+            RuntimeError: another rank of the group cannot read its file; names it and its error. Or torch.distributed
+                is not initialised.
+        """
+        caller = f"TokenCounts.load of {os.fspath(path)}"
+        with equality.together(caller, group):
+            tensors, facts = files.load_counts(path)
+        equality.check_equal(caller, tensors | facts, group)
         counts = cls(facts["vocab_size"], documents="document_counts" in tensors)
         vars(counts).update(tensors | {name: facts.get(name, copy.copy(default)) for name, default in FACTS.items()})
         return counts

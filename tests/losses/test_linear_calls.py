@@ -135,7 +135,8 @@ class _Sharded(torch.Tensor):
 
 @pytest.mark.lesson("sharded heads")
 @pytest.mark.parametrize(
-    ("name", "hint"), [("hidden", ".full_tensor()"), ("lm_head_weight", ".full_tensor()"), ("bias", ".full_tensor()")]
+    ("name", "hint"),
+    [("hidden", ".full_tensor()"), ("lm_head_weight", "inside the forward"), ("bias", "group=mesh.get_group()")],
 )
 def test_a_dtensor_is_refused_by_name(name, hint):
     hidden, weight, bias, targets = make_problem(N)

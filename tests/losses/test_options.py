@@ -117,7 +117,8 @@ def test_a_module_takes_what_its_function_takes(loss):
 def test_a_module_shows_itself():
     assert repr(PDLCrossEntropyLoss(torch.ones(3), softcap=30.0)) == (
         "PDLCrossEntropyLoss(weights=(3,), ignore_index=-100, reduction='mean', label_smoothing=0.0, z_loss=0.0, "
-        "softcap=30.0, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, inplace=False, group=None)"
+        "softcap=30.0, logit_scale=1.0, return_stats=False, backend='auto', expected_upstream=1.0, inplace=False, "
+        "group=None)"
     )
     assert repr(PDLLinearCrossEntropyLoss()) == (
         "PDLLinearCrossEntropyLoss(weights=None, ignore_index=-100, reduction='mean', label_smoothing=0.0, z_loss=0.0, "
