@@ -8,11 +8,13 @@ from typing import Any
 
 import spmd_types as spmd
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, wait_tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
 from torchtitan.config import CompileConfig
-from torchtitan.distributed.spmd_types import spmd_mesh_size
+from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 
 from pdl_kernels.integrations.training_loss import TrainingLoss
 from pdl_kernels.integrations.versions import warn_if_untested
@@ -77,9 +79,9 @@ class PDLCrossEntropyLoss(BaseLoss):
         **unused: Any,  # positions
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, 0-d, and no metrics."""
-        _refuse_sharded("pred", pred)
+        group = _group_of_columns(pred, self.loss.table)
         count = _count(global_valid_tokens)
-        return _partial_sum(lambda: self.loss.of_logits(pred, labels, token_weights, count)), {}
+        return _partial_sum(lambda: self.loss.of_logits(pred, labels, token_weights, count, group=group)), {}
 
 
 class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
@@ -135,10 +137,13 @@ class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
         # FSDP shards the output layer with the norm before it, whose hooks gather and reduce for both.
         if isinstance(lm_head, FSDPModule):
             lm_head.unshard()
-        _refuse_sharded("pred", pred)
-        _refuse_sharded("the output layer's weight", lm_head.weight)
-        inputs = pred, lm_head.weight, labels, token_weights, _count(global_valid_tokens)
-        loss = _partial_sum(lambda: self.loss.of_hidden(*inputs, bias=lm_head.bias))
+
+        def of_hidden() -> Tensor:
+            hidden, weight, bias, group = _shards_of(pred, lm_head)
+            count = _count(global_valid_tokens)
+            return self.loss.of_hidden(hidden, weight, labels, token_weights, count, bias=bias, group=group)
+
+        loss = _partial_sum(of_hidden)
         if isinstance(lm_head, FSDPModule) and not loss.requires_grad:  # no backward follows, which would do it
             lm_head.reshard()
         return loss, {}
@@ -157,23 +162,95 @@ def _count(global_valid_tokens: Tensor | None) -> Tensor | float:
 
 
 def _partial_sum(loss: Callable[[], Tensor]) -> Tensor:
-    """The loss; `debug.spmd_typechecking` is told that it is to be summed over data and context parallelism."""
+    """The loss, a plain tensor; `debug.spmd_typechecking` is told that it is to be summed over data and context
+    parallelism, and the same on all processes of tensor parallelism."""
     checking = spmd.is_type_checking()
     with spmd.no_typecheck():
         value = loss()
+        if isinstance(value, DTensor):  # of sharded logits: the whole loss, on every process
+            value = value.to_local()
         if checking:
             spmd.assert_type(value, {"dp": spmd.P, "cp": spmd.P, "tp": spmd.I})
     return value
 
 
-def _refuse_sharded(name: str, value: Tensor) -> None:
-    """Vocabulary-parallel logits are DTensors or, under the backend "spmd_types", plain tensors of fewer columns."""
-    processes = spmd_mesh_size("tp")
-    if processes == 1 and not isinstance(value, DTensor):
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensor parallelism splits the output layer's rows, which are the columns of the logits. The backend "partial_dtensor"
+# has DTensors on the mesh of tensor parallelism alone, "spmd_types" has plain tensors.
+
+
+def _group_of_columns(pred: Tensor, table: Tensor | None) -> ProcessGroup | None:
+    """The processes among which the columns of plain logits are split. The placements of DTensors say it themselves."""
+    if isinstance(pred, DTensor):
+        _refuse_other_meshes("pred", pred)
+        return None
+    group = _tensor_parallel_group()
+    if group is not None and table is not None and pred.shape[-1] == len(table):
+        raise ValueError(
+            f"pred has {len(table)} columns, as many as there are weights, on each of {group.size()} processes of "
+            "tensor parallelism; accepted are logits of which each process has its share of the columns, as "
+            "torchtitan's decoders make them"
+        )
+    return group
+
+
+def _shards_of(
+    pred: Tensor,  # (B, L, H)
+    lm_head: nn.Linear,
+) -> tuple[Tensor, Tensor, Tensor | None, ProcessGroup | None]:
+    """Hidden states (B, L, H), the same on all processes of tensor parallelism, and this process's rows of the output
+    layer's weight and bias; and the group of these processes, None without tensor parallelism."""
+    weight, bias = lm_head.weight, lm_head.bias
+    if isinstance(weight, DTensor):
+        _refuse_other_meshes("the output layer's weight", weight)
+        mesh = weight.device_mesh
+        if weight.placements != (Shard(0),) or not isinstance(pred, DTensor) or pred.device_mesh != mesh:
+            placed = pred.placements if isinstance(pred, DTensor) else "a plain tensor"
+            raise TypeError(
+                f"the output layer's weight is a DTensor placed {weight.placements}, and pred is {placed}; accepted "
+                f"are Shard(0) and hidden states on the same mesh: {INSTEAD}"
+            )
+        everywhere = [Replicate()]
+        hidden = pred.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
+        if isinstance(hidden, AsyncCollectiveTensor):  # the norm's all-gather need not have ended
+            hidden = wait_tensor(hidden)
+        return hidden, weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, mesh.get_group()
+    if isinstance(pred, DTensor):
+        raise TypeError(
+            f"pred is a DTensor placed {pred.placements}, and the output layer's weight a plain tensor; accepted are "
+            f"two plain tensors or two DTensors: {INSTEAD}"
+        )
+    group = _tensor_parallel_group()
+    if group is None:
+        return pred, weight, bias, None
+    if len(weight) == lm_head.out_features:
+        raise ValueError(
+            f"the output layer's weight has all {len(weight)} rows on each of {group.size()} processes of tensor "
+            f"parallelism; accepted are shards of it: {INSTEAD}"
+        )
+    # The loss sums the gradient of hidden states over the processes. torchtitan would do so once more, with what it
+    # takes for addends: all of them but one become 0.
+    hidden = spmd.convert(pred, group, src=spmd.R, dst=spmd.I, expert_mode=True)
+    return hidden, weight, bias, group
+
+
+def _tensor_parallel_group() -> ProcessGroup | None:
+    """That of the backend "spmd_types", None without tensor parallelism."""
+    mesh = current_spmd_mesh()
+    if mesh is None or spmd_mesh_size("tp") == 1:
+        return None
+    return mesh.get_group("tp")
+
+
+INSTEAD = "use ChunkedLossWrapper.Config(loss_fn=PDLCrossEntropyLoss.Config(...)) for this model"
+
+
+def _refuse_other_meshes(name: str, value: DTensor) -> None:
+    """The backend "full_dtensor" has data parallelism in the mesh, too."""
+    if value.device_mesh.ndim == 1:
         return
-    what = f"a DTensor {value.placements}" if isinstance(value, DTensor) else f"one of {processes} shards"
     raise TypeError(
-        f"{name} is {what}: tensor parallelism shards the vocabulary over processes (loss parallel), which PDL does "
-        "not support; accepted are plain tensors, with parallelism.tensor_parallel_degree=1 and "
-        'parallelism.spmd_backend="spmd_types" or "partial_dtensor"'
+        f"{name} is a DTensor {value.placements} on a mesh of the dimensions {value.device_mesh.mesh_dim_names}, as "
+        'parallelism.spmd_backend="full_dtensor" has it, which PDL does not support; accepted are '
+        'spmd_backend="spmd_types" and "partial_dtensor"'
     )

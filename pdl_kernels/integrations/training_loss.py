@@ -193,9 +193,12 @@ class TrainingLoss:
         targets: Tensor,  # (...), shifted
         token_weights: Tensor | None = None,  # (...), shifted
         count: Tensor | float | None = None,
+        **options: Any,
     ) -> Tensor:
-        """The loss of these logits, 0-d. `count` is the number of targets of the whole step, None for this call's."""
-        options = {name: value for name, value in self.options.items() if name in CrossEntropyKeywords.__annotations__}
+        """The loss of these logits, 0-d. `count` is the number of targets of the whole step, None for this call's;
+        `options` win over those of the object."""
+        known = CrossEntropyKeywords.__annotations__
+        options = {name: value for name, value in self.options.items() if name in known} | options
         return self._loss(pdl_cross_entropy, (logits,), targets, token_weights, count, options)
 
     def of_hidden(

@@ -18,7 +18,7 @@ from torch import Tensor
 from pdl_kernels import backends
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace, share_storage
-from pdl_kernels.ops.row_groups import sum_denominators, sum_statistics
+from pdl_kernels.ops.row_groups import joined, split_names, sum_denominators, sum_statistics
 from pdl_kernels.ops.rows import as_operand, as_rows, empty_gradient, inputs_as_rows, on_device, same_rows
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
 
@@ -34,7 +34,7 @@ def cross_entropy(inputs: LossInputs, options: LossOptions, backend: str, *, inp
         backends.refuse_transforms(NAME, logits)
     if traced:
         tensors = logits, targets, weights, token_weights, as_operand(normalizer, logits)
-        return LossOutputs(*_forward_operator(*tensors, *options, backend, list(inputs.row_groups)))
+        return LossOutputs(*_forward_operator(*tensors, *options, backend, joined(inputs.row_groups)))
     inputs = inputs._replace(
         normalizer=on_device(normalizer, logits.device), expected_upstream=on_device(expected_upstream, logits.device)
     )
@@ -247,7 +247,7 @@ def _forward(
     *settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *options, backend, row_groups = settings
-    inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=tuple(row_groups))
+    inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=split_names(row_groups))
     call = _Call(inputs, LossOptions(*options), _backend_of(backend, logits), inplace=False)
     (loss, row_state, scalars, token_count), _ = _run_forward(call)
     return loss, row_state, scalars, targets.new_zeros((), dtype=torch.int64) if token_count is None else token_count
@@ -287,7 +287,7 @@ def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 _forward_operator = torch.library.custom_op(
     "pdl_kernels::cross_entropy", _forward, mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str[] row_groups) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str row_groups) -> (Tensor, Tensor, Tensor, Tensor)",
 )  # fmt: skip
 _backward_operator = torch.library.custom_op(
     "pdl_kernels::cross_entropy_backward", _backward, mutates_args=(),

@@ -47,3 +47,12 @@ def sum_statistics(options: LossOptions, scalars: Tensor, groups: tuple[str, ...
         collectives.all_reduce(statistics, collectives.group_of(name))
     scalars[NLL].copy_(statistics[0])
     scalars[ACCURACY].copy_(statistics[1])
+
+
+def joined(names: tuple[str, ...]) -> str:
+    """What an operator takes for names of groups: torch.jit.trace records no lists of strings."""
+    return "\n".join(names)
+
+
+def split_names(names: str) -> tuple[str, ...]:
+    return tuple(names.split("\n")) if names else ()

@@ -21,7 +21,7 @@ from pdl_kernels.distributed.vocabulary import Call, Split, agreed_split, dtype_
 from pdl_kernels.ops.cross_entropy import check_targets, validates
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace
-from pdl_kernels.ops.row_groups import sum_denominators, sum_statistics
+from pdl_kernels.ops.row_groups import joined, split_names, sum_denominators, sum_statistics
 from pdl_kernels.ops.rows import as_operand, empty_gradient, inputs_as_rows, on_device
 from pdl_kernels.ops.shards import Shards
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
@@ -46,7 +46,7 @@ def sharded_cross_entropy(
     if traced:
         sizes, parts = ([], "") if split is None else (list(split.sizes), split.weights)
         tensors = logits, targets, weights, token_weights, as_operand(normalizer, logits)
-        outputs = _forward_operator(*tensors, *options, backend, name_of(group), sizes, parts, list(inputs.row_groups))
+        outputs = _forward_operator(*tensors, *options, backend, name_of(group), sizes, parts, joined(inputs.row_groups))
         return LossOutputs(*outputs[:4])
     device = logits.device
     inputs = inputs._replace(
@@ -200,7 +200,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, row state, scalars, token count, and the weights of the targets, empty where there are none."""
     *rest, row_groups = settings
-    inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=tuple(row_groups))
+    inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=split_names(row_groups))
     call = _call_of(inputs, rest)
     (loss, row_state, scalars, token_count), _, row_weights = call.forward()
     if token_count is None:
@@ -248,7 +248,7 @@ def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 _forward_operator = torch.library.custom_op(
     "pdl_kernels::sharded_cross_entropy", _forward, mutates_args=(),
-    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str[] row_groups) -> ({', '.join(['Tensor'] * 5)})",
+    schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str row_groups) -> ({', '.join(['Tensor'] * 5)})",
 )  # fmt: skip
 _backward_operator = torch.library.custom_op(
     "pdl_kernels::sharded_cross_entropy_backward", _backward, mutates_args=(),

@@ -68,7 +68,7 @@ def test_selective_checkpointing(loss, reduction, saved, monkeypatch):
         return lambda *arguments, **options: runs.append(function) or function(*arguments, **options)
 
     monkeypatch.setattr(logits_operation, "_run_forward", counting(logits_operation._run_forward))
-    monkeypatch.setattr(linear_operation, "Run", counting(linear_operation.Run))
+    monkeypatch.setattr(linear_operation, "make_run", counting(linear_operation.make_run))
 
     def policy(_, operator, *__, **___):
         keep = {"the loss": (OPERATORS[loss],), "products": (torch.ops.aten.addmm.default,), "nothing": ()}[saved]

@@ -136,6 +136,7 @@ def operator_arguments(device, **changes):
         "logit_scale": 1.0,
         "return_stats": False,
         "backend": "eager",
+        "row_groups": "",
     }
     return tuple({**arguments, **changes}.values())
 
@@ -161,7 +162,7 @@ def test_operators_pass_opcheck(changes, device, backend):
 @TRACED
 def test_backward_operator_passes_opcheck(device, backend):
     arguments = operator_arguments(device, backend=backend)
-    logits, targets, weights, token_weights, _, *settings = arguments
+    logits, targets, weights, token_weights, _, *settings, _ = arguments
     _, row_state, scalars, _ = torch.ops.pdl_kernels.cross_entropy(*arguments)
     upstream = torch.tensor(2.0, device=device)
     results = torch.library.opcheck(
