@@ -20,7 +20,7 @@ SUITE = " ".join(
     for folder, names in (
         ("losses", f"{NUMBERS} linear_values no_hidden_state"),
         ("ops", f"{GRADIENTS} linear_autograd expected_upstream compile"),
-        ("kernels", "plans"),
+        ("kernels", "plans shard_kernels"),
     )
     for name in names.split()
 )
