@@ -12,10 +12,11 @@ whether that fits together.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -62,8 +63,16 @@ FIELDS = {  # of a call, equal on all ranks
     "more": "what decides on the chunks",
 }
 
-_agreed: dict[tuple[str, Call], dict[int, Split]] = {}  # by group and kind of call; by columns of this rank
-_rounds: Counter[str] = Counter()
+
+@dataclass
+class _Agreed:
+    """What the ranks of a group have agreed on."""
+
+    splits: dict[Call, dict[int, Split]] = field(default_factory=dict)  # by kind of call; by columns of this rank
+    exchanges: int = 0  # so far, which every rank counts alike
+
+
+_groups: WeakKeyDictionary[dist.ProcessGroup, _Agreed] = WeakKeyDictionary()
 
 
 def agreed_split(group: dist.ProcessGroup, call: Call) -> tuple[Split, bool]:
@@ -75,7 +84,7 @@ def agreed_split(group: dist.ProcessGroup, call: Call) -> tuple[Split, bool]:
         ValueError: on every rank, where they do not fit together.
         RuntimeError: a rank does not come before the store's timeout, which `init_process_group(timeout=...)` sets.
     """
-    known = _agreed.setdefault(_kind(group, call), {})
+    known = _known(group, call)
     if not known:
         known[call.columns] = split_of(_exchange(group, call), dist.get_rank(group))
     if call.columns in known:
@@ -86,13 +95,14 @@ def agreed_split(group: dist.ProcessGroup, call: Call) -> tuple[Split, bool]:
 
 def remember(group: dist.ProcessGroup, call: Call, split: Split) -> None:
     """For later calls."""
-    _agreed.setdefault(_kind(group, call), {})[call.columns] = split
+    _known(group, call)[call.columns] = split
 
 
-def _kind(group: dist.ProcessGroup, call: Call) -> tuple[str, Call]:
-    """Calls of one kind exchange messages of one form: equal on all ranks, whatever their columns."""
+def _known(group: dist.ProcessGroup, call: Call) -> dict[int, Split]:
+    """The splits of this kind of call: whose messages have one form, equal on all ranks, whatever their columns."""
     weights = -1 if call.weights == call.columns else call.weights
-    return group.group_name, call._replace(columns=0, weights=weights)
+    kind = call._replace(columns=0, weights=weights)
+    return _groups.setdefault(group, _Agreed()).splits.setdefault(kind, {})
 
 
 def claims_of(split: Split) -> list[list[int]]:
@@ -117,11 +127,11 @@ def check_claims(claims: list[list[float]], split: Split) -> None:
 
 def split_of(calls: list[Call], rank: int) -> Split:
     """The split of what every rank has said. ValueError, the same on every rank, where it does not fit together."""
-    for field in FIELDS:
-        said = [getattr(call, field) for call in calls]
+    for name, meaning in FIELDS.items():
+        said = [getattr(call, name) for call in calls]
         if len(set(said)) > 1:
             raise ValueError(
-                f"the ranks of the group call with different arguments: {FIELDS[field]} is {said} on its ranks 0 to "
+                f"the ranks of the group call with different arguments: {meaning} is {said} on its ranks 0 to "
                 f"{len(said) - 1}; accepted is the same on all"
             )
     sizes = tuple(call.columns for call in calls)
@@ -159,10 +169,9 @@ def _exchange(group: dist.ProcessGroup, mine: Call) -> list[Call]:
     from torch.distributed import distributed_c10d  # not there in builds of torch without it
 
     store = distributed_c10d._get_process_group_store(group)
-    name, rank = group.group_name, dist.get_rank(group)
-    round_number = _rounds[name]
-    _rounds[name] += 1
-    keys = [f"pdl_kernels/{round_number}/{other}" for other in range(dist.get_world_size(group))]
+    agreed, rank = _groups[group], dist.get_rank(group)
+    keys = [f"pdl_kernels/{agreed.exchanges}/{other}" for other in range(dist.get_world_size(group))]
+    agreed.exchanges += 1
     members = dist.get_process_group_ranks(group)
     default = distributed_c10d._get_default_store()
     default.set(f"pdl_kernels/group of {dist.get_rank()}", json.dumps(members))

@@ -79,9 +79,13 @@ class PDLCrossEntropyLoss(BaseLoss):
         **unused: Any,  # positions
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, 0-d, and no metrics."""
-        group = _group_of_columns(pred, self.loss.table)
         count = _count(global_valid_tokens)
-        return _partial_sum(lambda: self.loss.of_logits(pred, labels, token_weights, count, group=group)), {}
+
+        def of_logits() -> Tensor:
+            group = _group_of_columns(pred, self.loss.table)
+            return self.loss.of_logits(pred, labels, token_weights, count, group=group)
+
+        return _partial_sum(of_logits), {}
 
 
 class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
@@ -137,10 +141,10 @@ class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
         # FSDP shards the output layer with the norm before it, whose hooks gather and reduce for both.
         if isinstance(lm_head, FSDPModule):
             lm_head.unshard()
+        count = _count(global_valid_tokens)
 
         def of_hidden() -> Tensor:
             hidden, weight, bias, group = _shards_of(pred, lm_head)
-            count = _count(global_valid_tokens)
             return self.loss.of_hidden(hidden, weight, labels, token_weights, count, bias=bias, group=group)
 
         loss = _partial_sum(of_hidden)

@@ -46,7 +46,8 @@ def sharded_cross_entropy(
     if traced:
         sizes, parts = ([], "") if split is None else (list(split.sizes), split.weights)
         tensors = logits, targets, weights, token_weights, as_operand(normalizer, logits)
-        outputs = _forward_operator(*tensors, *options, backend, name_of(group), sizes, parts, joined(inputs.row_groups))
+        where = name_of(group), sizes, parts, joined(inputs.row_groups)
+        outputs = _forward_operator(*tensors, *options, backend, *where)
         return LossOutputs(*outputs[:4])
     device = logits.device
     inputs = inputs._replace(
@@ -78,7 +79,6 @@ class _Call:
         """The loss, what backward needs, and the weights of the targets."""
         inputs, options = self.inputs, self.options
         shards, known = self.shards()
-        check_targets(inputs.targets, shards.split.vocab_size, options.ignore_index)
         rows = shards.inputs_of(inputs_as_rows(inputs))
         exchanged = shards.start_exchange(rows).wait()
         if self.split is None:
@@ -87,6 +87,8 @@ class _Call:
             else:
                 shards.check(exchanged)
                 remember(self.group, self._described(), shards.split)
+        # After the exchange, which all ranks come to: they see the same targets and raise the same error.
+        check_targets(inputs.targets, shards.split.vocab_size, options.ignore_index)
         rows = shards.with_row_weights(rows, exchanged)
         scalars, token_count = shards.denominators(rows, exchanged.totals)
         if rows.row_groups:
