@@ -116,7 +116,6 @@ def test_a_rank_of_padding(softcap):
     logits = make_logits(5, 300, dtype=FLOAT32, device=here)
     logits[:, 131:] = -torch.inf
     logits[0, :131] = torch.finfo(FLOAT32).min
-    logits[2] += 1e4
     targets = make_targets(5, V=131, device=here, ignored=(1,))
     weights = make_weights("random", 300, device=here)
     found = run_shards("triton", logits, targets, weights, ENDS, softcap=softcap)
@@ -124,6 +123,14 @@ def test_a_rank_of_padding(softcap):
     check(found, expected, [0, *ENDS[:-1]], Case(FLOAT32))
     if softcap is None:
         assert (found[-1].gradient == 0).all()
+
+
+def test_a_large_common_offset():
+    here = torch.get_default_device()
+    logits = make_logits(5, 300, dtype=FLOAT32, device=here) + 1e4
+    targets = make_targets(5, V=300, device=here, ignored=(1,))
+    found = run_shards("triton", logits, targets, None, ENDS)
+    check(found, run_reference(logits, targets), [0, *ENDS[:-1]], Case(FLOAT32))
 
 
 def test_targets_that_are_no_class_reach_no_memory(monkeypatch):
