@@ -159,9 +159,13 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; accepted is a torch.Tensor")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; accepted is a plain one: {name}.values() of a jagged one, or padded"
+        )
 
 
 def is_dtensor(value: Any) -> bool:
@@ -177,8 +181,8 @@ def check_inputs(inputs: LossInputs, *, sharded: bool = False) -> None:
             vocabulary is then for the ranks to find out together.
     """
     logits, targets, weights, token_weights, *_ = inputs
-    _check_tensor("logits", logits)
-    _check_tensor("targets", targets)
+    check_tensor("logits", logits)
+    check_tensor("targets", targets)
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits are {logits.dtype}; accepted are {_names(LOGITS_DTYPES)}")
     for name, value in (("targets", targets), ("weights", weights), ("token_weights", token_weights)):
@@ -240,7 +244,7 @@ def check_weight_table(weights: Tensor) -> None:
 
 
 def _check_factor(name: str, value: Tensor) -> None:
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} are {value.dtype}; accepted are floating dtypes")
     if value.requires_grad and torch.is_grad_enabled():
@@ -266,8 +270,8 @@ def check_linear_inputs(
     sharded = group is not None
     hidden, lm_head_weight, bias, targets, weights, token_weights, *_ = inputs
     _check_parameter("lm_head_weight", lm_head_weight, may_be_empty=sharded)
-    _check_tensor("hidden", hidden)
-    _check_tensor("targets", targets)
+    check_tensor("hidden", hidden)
+    check_tensor("targets", targets)
     if hasattr(hidden, "device_mesh"):
         raise TypeError("hidden is a DTensor; accepted is a plain tensor: .to_local() or .full_tensor()")
     autocast = autocast_dtype(hidden.device) is not None
@@ -323,7 +327,7 @@ def _check_parameter(name: str, value: Any, *, may_be_empty: bool = False) -> No
             else f"pass its tensor, module.{'bias' if name == 'bias' else 'weight'}"
         )
         raise TypeError(f"{name} is a {type(value).__name__} module; accepted is a torch.Tensor: {hint}")
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if hasattr(value, "device_mesh"):
         raise TypeError(
             f"{name} is a DTensor; accepted is a plain tensor: under FSDP call the loss inside the forward of the "

@@ -75,6 +75,7 @@ def global_normalizer(
 
 def _sum_of(targets: Tensor, weights: Tensor | None, u: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """() sum of w[y_i] |u_i| over the counted tokens of one tensor."""
+    checks.check_tensor("targets", targets)
     checks.check_target_dtype(targets)
     checks.check_factors(targets, weights, u, "targets", targets, None)
     y = targets.long()

@@ -69,7 +69,7 @@ def test_the_product_of_a_capped_logit_is_not_fused_with_what_follows(monkeypatc
     for rows in (planner.MANY_ROWS, 1):  # whole rows; slices
         shape = planner.plan_rows(rows, 8192, 4, SMS, two_passes=True)
         plan = launch.make_plan(logits, options, logits, planner.layout_of(logits, logits), shape, device)
-        launch._launch_loss_rows(plan, inputs, logits.new_empty(7), logits, outputs)
+        launch.launch_loss_rows(plan, inputs, logits.new_empty(7), logits, outputs)
     assert given == [fused] * 4
 
 

@@ -234,7 +234,7 @@ def test_an_extra_pass_in_a_kernel_is_caught(monkeypatch):
         run_once(*arguments)
         run_once(*arguments)
 
-    monkeypatch.setattr(launch, "_launch_loss_rows", run_twice)
+    monkeypatch.setattr(launch, "launch_loss_rows", run_twice)
     for operation in (FORWARD, TRAINING):
         counted = Counted(monkeypatch, CASES["triton"], operation, backend="triton", inplace=False)
         assert_buffers(counted)

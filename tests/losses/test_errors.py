@@ -156,6 +156,15 @@ def test_a_meta_tensor_is_on_another_device(inputs):
     assert_error(ValueError, lambda: pdl_cross_entropy(inputs[0], inputs[1].to("meta")), "targets", "meta")
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("name", ["logits", "targets"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_by_name(layout, name, inputs, backend):
+    given = dict(zip(("logits", "targets"), inputs, strict=True))
+    given[name] = torch.nested.nested_tensor(list(given[name].unbind()), layout=layout)
+    assert_error(TypeError, lambda: pdl_cross_entropy(**given, backend=backend), name, "nested", "values()")
+
+
 class _Sharded(torch.Tensor):
     """Looks like a DTensor: it has a device mesh."""
 
@@ -163,10 +172,11 @@ class _Sharded(torch.Tensor):
 
 
 @pytest.mark.lesson("sharded heads")
-def test_sharded_logits_are_refused_by_name(backend):
-    logits = torch.zeros(2, V).as_subclass(_Sharded)
-    call = lambda: pdl_cross_entropy(logits, torch.zeros(2, dtype=torch.int64), backend=backend)  # noqa: E731
-    assert_error(TypeError, call, "logits", "DTensor", "full_tensor")
+@pytest.mark.parametrize("name", ["targets", "weights", "token_weights"])
+def test_a_dtensor_beside_plain_logits_is_refused_by_name(name, backend, inputs):
+    given = {"logits": inputs[0], "targets": inputs[1], "weights": torch.ones(V), "token_weights": torch.ones(2, 3)}
+    given[name] = given[name].as_subclass(_Sharded)
+    assert_error(TypeError, lambda: pdl_cross_entropy(**given, backend=backend), name, "DTensor", "to_local()")
 
 
 @pytest.mark.lesson("gather at ignore_index")
