@@ -93,6 +93,19 @@ def agreed_split(group: dist.ProcessGroup, call: Call) -> tuple[Split, bool]:
     return Split((call.columns,) * dist.get_world_size(group), dist.get_rank(group), weights), False
 
 
+def split_said_again(group: dist.ProcessGroup, call: Call) -> Split:
+    """The split by what the ranks say, whatever they have said before. Every rank has to come to it, and waits.
+
+    Raises:
+        ValueError: on every rank, where they do not fit together.
+    """
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, tuple(call), group)
+    split = split_of([Call(*one) for one in said], dist.get_rank(group))
+    remember(group, call, split)
+    return split
+
+
 def remember(group: dist.ProcessGroup, call: Call, split: Split) -> None:
     """For later calls."""
     _known(group, call)[call.columns] = split
@@ -171,7 +184,6 @@ def _exchange(group: dist.ProcessGroup, mine: Call) -> list[Call]:
     store = distributed_c10d._get_process_group_store(group)
     agreed, rank = _groups[group], dist.get_rank(group)
     keys = [f"pdl_kernels/{agreed.exchanges}/{other}" for other in range(dist.get_world_size(group))]
-    agreed.exchanges += 1
     members = dist.get_process_group_ranks(group)
     default = distributed_c10d._get_default_store()
     default.set(f"pdl_kernels/group of {dist.get_rank()}", json.dumps(members))
@@ -185,6 +197,7 @@ def _exchange(group: dist.ProcessGroup, mine: Call) -> list[Call]:
             f"{mine.loss} with the group of ranks {members} waited for {_seconds(store)} s for ranks that do "
             f"not call it: {said}"
         ) from error
+    agreed.exchanges += 1  # not where a rank was missed: it will come to this one
     return [Call(*json.loads(store.get(key))) for key in keys]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import spmd_types as spmd
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import AsyncCollectiveTensor, wait_tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
@@ -18,6 +17,8 @@ from torchtitan.distributed.spmd_types import current_spmd_mesh, spmd_mesh_size
 
 from pdl_kernels.integrations.training_loss import TrainingLoss
 from pdl_kernels.integrations.versions import warn_if_untested
+
+INSTEAD = "use ChunkedLossWrapper.Config(loss_fn=PDLCrossEntropyLoss.Config(...)) for this model"
 
 
 class PDLCrossEntropyLoss(BaseLoss):
@@ -32,10 +33,15 @@ class PDLCrossEntropyLoss(BaseLoss):
     `compile_config` is taken and not used: the loss is one operator, in which torch.compile finds nothing to fuse. It
     may be part of what is compiled as a whole, without breaking the graph.
 
+    Tensor parallelism leaves each process its share of the logits' columns, and the loss takes them as they are, with
+    the backends "spmd_types" and "partial_dtensor" and every option. All processes of the group read the whole file of
+    weights and get the loss of the whole vocabulary. Forward sends 12 bytes a token to each of them, 16 with label
+    smoothing; backward sends nothing.
+
     Raises:
         ValueError, TypeError, FileNotFoundError: when it is built, options and files that are not accepted; at the
-            first call, a table of another length than the logits' width, and logits whose vocabulary is sharded over
-            processes, as tensor parallelism makes them.
+            first call, a table of another length than the logits' width over all processes, and DTensors of the backend
+            "full_dtensor".
 
     Example, in a function of a `config_registry`::
 
@@ -96,8 +102,12 @@ class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
     or added to, where `ChunkedLossWrapper` runs the output layer's backward during forward and takes an upstream
     gradient of 1 for granted. The sequence length need not be divisible by anything.
 
+    With tensor parallelism each process works on its rows of the output layer. Beside what `PDLCrossEntropyLoss` sends,
+    the gradient of the hidden states is summed over the group.
+
     Raises:
-        TypeError: an output layer that does more than a product, such as one with a softcap, LoRA or float8.
+        TypeError: an output layer that does more than a product, such as one with a softcap, LoRA or float8; one that
+            tensor parallelism places otherwise than by its rows.
 
     Example, in a function of a `config_registry`::
 
@@ -121,7 +131,7 @@ class PDLLinearCrossEntropyLoss(ChunkedLossWrapper):
         if not isinstance(lm_head, nn.Linear) or type(lm_head).forward is not nn.Linear.forward:
             raise TypeError(
                 f"the output layer is a {type(lm_head).__name__}, which does more than a product; accepted is a "
-                "Linear: use ChunkedLossWrapper.Config(loss_fn=PDLCrossEntropyLoss.Config(...)) for this model"
+                f"Linear: {INSTEAD}"
             )
         self.lm_head = lm_head
 
@@ -184,7 +194,10 @@ def _partial_sum(loss: Callable[[], Tensor]) -> Tensor:
 
 
 def _group_of_columns(pred: Tensor, table: Tensor | None) -> ProcessGroup | None:
-    """The processes among which the columns of plain logits are split. The placements of DTensors say it themselves."""
+    """The processes among which the columns of plain logits are split. The placements of DTensors say it themselves.
+
+    torchtitan's decoders split them over all of tensor parallelism. Only weights can give away logits that are whole.
+    """
     if isinstance(pred, DTensor):
         _refuse_other_meshes("pred", pred)
         return None
@@ -216,8 +229,6 @@ def _shards_of(
             )
         everywhere = [Replicate()]
         hidden = pred.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
-        if isinstance(hidden, AsyncCollectiveTensor):  # the norm's all-gather need not have ended
-            hidden = wait_tensor(hidden)
         return hidden, weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, mesh.get_group()
     if isinstance(pred, DTensor):
         raise TypeError(
@@ -230,10 +241,10 @@ def _shards_of(
     if len(weight) == lm_head.out_features:
         raise ValueError(
             f"the output layer's weight has all {len(weight)} rows on each of {group.size()} processes of tensor "
-            f"parallelism; accepted are shards of it: {INSTEAD}"
+            "parallelism; accepted is a share of them on each, as torchtitan's decoders have it"
         )
-    # The loss sums the gradient of hidden states over the processes. torchtitan would do so once more, with what it
-    # takes for addends: all of them but one become 0.
+    # The loss sums the gradient of the hidden states over the processes, and torchtitan sums what they hand back once
+    # more: with this, the first one hands back the sum and the others 0.
     hidden = spmd.convert(pred, group, src=spmd.R, dst=spmd.I, expert_mode=True)
     return hidden, weight, bias, group
 
@@ -246,15 +257,13 @@ def _tensor_parallel_group() -> ProcessGroup | None:
     return mesh.get_group("tp")
 
 
-INSTEAD = "use ChunkedLossWrapper.Config(loss_fn=PDLCrossEntropyLoss.Config(...)) for this model"
-
-
 def _refuse_other_meshes(name: str, value: DTensor) -> None:
-    """The backend "full_dtensor" has data parallelism in the mesh, too."""
-    if value.device_mesh.ndim == 1:
+    """The backend "full_dtensor" has data parallelism in the mesh, too, and wants another loss."""
+    dimensions = value.device_mesh.mesh_dim_names
+    if dimensions == ("tp",):
         return
     raise TypeError(
-        f"{name} is a DTensor {value.placements} on a mesh of the dimensions {value.device_mesh.mesh_dim_names}, as "
+        f"{name} is a DTensor placed {value.placements} on a mesh of the dimensions {dimensions}, as "
         'parallelism.spmd_backend="full_dtensor" has it, which PDL does not support; accepted are '
         'spmd_backend="spmd_types" and "partial_dtensor"'
     )

@@ -10,7 +10,6 @@ from typing_extensions import Unpack, overload
 from pdl_kernels.distributed.collectives import name_of
 from pdl_kernels.losses import checks
 from pdl_kernels.ops import cross_entropy, linear_cross_entropy, sharded_cross_entropy
-from pdl_kernels.ops.sharded_chunks import Sharding
 from pdl_kernels.options import (
     ACCURACY,
     NLL,
@@ -135,7 +134,8 @@ def pdl_cross_entropy(
         backend: "auto" (Triton for CUDA and ROCm tensors, eager elsewhere and for float64), "triton" or "eager".
         group: the ranks of torch.distributed over which the class dimension is split, as tensor parallelism splits the
             output layer: each holds some neighbouring columns of the logits, in the order of the ranks, maybe none, and
-            gets the loss of the whole and its own columns' gradient. `targets` number the columns of the whole and are,
+            gets the loss of the whole and its own columns' gradient. `inplace` writes in backward then, also with
+            "none"; `expected_upstream` has no effect. `targets` number the columns of the whole and are,
             with all other arguments, the same on every rank; `weights` hold all columns on every rank, or on every rank
             its own. Forward sends 12 bytes a token to every rank (16 with label smoothing, 4 more for the weights where
             each rank has its own), backward sends nothing.
@@ -328,8 +328,8 @@ def pdl_linear_cross_entropy(
     inputs = LinearInputs(hidden, lm_head_weight, bias, targets, weights, token_weights, *numbers)
     checks.check_sharded_linear(linear, call.group, seed)
     checks.check_linear_inputs(inputs, group, sequence_parallel=linear.sequence_parallel)
-    sharding = None if group is None else Sharding(name_of(group))
-    outputs = linear_cross_entropy.linear_cross_entropy(inputs, options, linear, call.backend, sharding)
+    name = None if group is None else name_of(group)
+    outputs = linear_cross_entropy.linear_cross_entropy(inputs, options, linear, call.backend, name)
     return (outputs.loss, stats_of(outputs)) if options.return_stats else outputs.loss
 
 

@@ -201,7 +201,7 @@ def validates(targets: Tensor) -> bool:
     """
     if targets.device.type == "cpu":
         return True
-    if os.environ.get(VALIDATE_VARIABLE) != "1":
+    if not asked_to_validate():
         return False
     if targets.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -209,6 +209,10 @@ def validates(targets: Tensor) -> bool:
             "unset it while capturing"
         )
     return True
+
+
+def asked_to_validate() -> bool:
+    return os.environ.get(VALIDATE_VARIABLE) == "1"
 
 
 def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:

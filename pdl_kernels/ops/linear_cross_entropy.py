@@ -19,7 +19,7 @@ from pdl_kernels.ops import flops
 from pdl_kernels.ops.chunks import Gradients, Run
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.rows import as_operand, moved, on_device
-from pdl_kernels.ops.sharded_chunks import Sharding, make_run
+from pdl_kernels.ops.sharded_chunks import make_run
 from pdl_kernels.options import DECLARED, SCALARS, LinearInputs, LinearOptions, LinearOutputs, LossOptions
 
 NAME = "pdl_linear_cross_entropy"
@@ -30,7 +30,7 @@ def linear_cross_entropy(
     options: LossOptions,
     linear: LinearOptions,
     backend: str,
-    sharding: Sharding | None = None,
+    group: str | None = None,  # its name
 ) -> LinearOutputs:
     """The loss of checked inputs, differentiable in the parameters. The other outputs serve the statistics."""
     hidden = inputs.hidden
@@ -50,16 +50,14 @@ def linear_cross_entropy(
         if not torch.compiler.is_compiling():
             flops.share_formulas()
         denominator = as_operand(normalizer, hidden)
-        outputs = _forward_operator(
-            *tensors, seed, denominator, *options, *linear, backend, dtype, *_flat(sharding), *needs
-        )
+        outputs = _forward_operator(*tensors, seed, denominator, *options, *linear, backend, dtype, group or "", *needs)
         return LinearOutputs(*outputs[:4])
     inputs = inputs._replace(
         seed=seed,
         normalizer=on_device(normalizer, hidden.device),
         expected_upstream=on_device(expected_upstream, hidden.device),
     )
-    call = _Call(inputs, options, linear, backends.choose_backend(backend, hidden.device, dtype), dtype, sharding)
+    call = _Call(inputs, options, linear, backends.choose_backend(backend, hidden.device, dtype), dtype, group)
     if not any(needs):
         return call.run((False, False, False)).forward()[0]
     loss = _LinearCrossEntropy.apply(*inputs.parameters, call)
@@ -87,11 +85,11 @@ class _Call:
     linear: LinearOptions
     backend: str
     dtype: torch.dtype  # of the products
-    sharding: Sharding | None
+    group: str | None
     outputs: LinearOutputs | None = None  # left here by forward
 
     def run(self, needs: tuple[bool, ...]) -> Run:
-        return make_run(self.inputs, self.options, self.linear, self.backend, self.dtype, needs, self.sharding)
+        return make_run(self.inputs, self.options, self.linear, self.backend, self.dtype, needs, self.group)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.needs = tuple(needs)
         outputs, ctx.waiting = call.run(ctx.needs).forward()
         call.outputs = outputs
-        ctx.settings = (call.options, call.linear, call.backend, call.dtype, ctx.needs, call.sharding)
+        ctx.settings = (call.options, call.linear, call.backend, call.dtype, ctx.needs, call.group)
         ctx.per_row = call.options.reduction == "none"
         *tensors, seed, _, _ = call.inputs
         ctx.save_for_backward(*tensors, seed, outputs.row_state, outputs.scalars)
@@ -139,7 +137,7 @@ _TENSORS = (
 _SETTINGS = ", ".join(
     [
         *(declared.schema for declared in (*DECLARED[LossOptions], *DECLARED[LinearOptions])),
-        "str backend, ScalarType dtype, str group, int[] sizes, str weights_of",
+        "str backend, ScalarType dtype, str group",
         "bool needs_hidden, bool needs_weight, bool needs_bias",
     ]
 )
@@ -152,26 +150,20 @@ class _Settings(NamedTuple):
     linear: LinearOptions
     backend: str  # as requested
     dtype: torch.dtype
-    sharding: Sharding | None
+    group: str | None
     needs: tuple[bool, ...]
 
     def run(self, *tensors: Tensor | None) -> Run:
         inputs = LinearInputs(*tensors)  # type: ignore[arg-type]
         backend = backends.choose_backend(self.backend, inputs.hidden.device, self.dtype)
-        return make_run(inputs, self.options, self.linear, backend, self.dtype, self.needs, self.sharding)
-
-
-def _flat(sharding: Sharding | None) -> tuple[Any, ...]:
-    """As arguments of an operator; no name: there is no group."""
-    return ("", [], "") if sharding is None else (sharding.group, list(sharding.sizes), sharding.weights)
+        return make_run(inputs, self.options, self.linear, backend, self.dtype, self.needs, self.group)
 
 
 def _parse_settings(settings: Sequence[Any]) -> _Settings:
     first, second = len(DECLARED[LossOptions]), len(DECLARED[LossOptions]) + len(DECLARED[LinearOptions])
     options, linear = LossOptions(*settings[:first]), LinearOptions(*settings[first:second])
-    backend, dtype, group, sizes, weights, *needs = settings[second:]
-    sharding = Sharding(group, tuple(sizes), weights) if group else None
-    return _Settings(options, linear, backend, dtype, sharding, tuple(needs))
+    backend, dtype, group, *needs = settings[second:]
+    return _Settings(options, linear, backend, dtype, group or None, tuple(needs))
 
 
 def _forward(

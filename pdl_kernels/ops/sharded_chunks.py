@@ -7,18 +7,15 @@ ranks have to add up of the gradients is that of the hidden states, once, at the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pdl_kernels.distributed import collectives
 from pdl_kernels.distributed.vocabulary import (
     SHARDED,
     Call,
-    Split,
-    agreed_split,
     check_claims,
     claims_of,
     dtype_name,
@@ -26,7 +23,7 @@ from pdl_kernels.distributed.vocabulary import (
 )
 from pdl_kernels.ops.chunks import Run, Sums, Waiting
 from pdl_kernels.ops.cross_entropy import validates
-from pdl_kernels.ops.shards import Exchange, Shards
+from pdl_kernels.ops.shards import Exchange, Shards, agree
 from pdl_kernels.options import (
     EXPECTED_UPSTREAM,
     WEIGHT_TOTAL,
@@ -40,14 +37,6 @@ from pdl_kernels.options import (
 NAME = "pdl_linear_cross_entropy(..., group=...)"
 
 
-class Sharding(NamedTuple):
-    """How a call is spread over a group."""
-
-    group: str  # its name
-    sizes: tuple[int, ...] = ()  # rows of the weight on each rank; none: the ranks agree on them
-    weights: str = ""  # vocabulary.NONE, WHOLE or SHARDED, where the sizes are known
-
-
 def make_run(
     inputs: LinearInputs,
     options: LossOptions,
@@ -55,12 +44,12 @@ def make_run(
     backend: str,
     dtype: torch.dtype,
     needs: tuple[bool, ...],
-    sharding: Sharding | None,
+    group: str | None,  # its name
 ) -> Run:
     """One pass over the tokens of one call."""
-    if sharding is None:
+    if group is None:
         return Run(inputs, options, linear, backend, dtype, needs)
-    return ShardedRun(inputs, options, linear, backend, dtype, needs, sharding)
+    return ShardedRun(inputs, options, linear, backend, dtype, needs, group)
 
 
 class ShardedRun(Run):
@@ -76,25 +65,24 @@ class ShardedRun(Run):
         backend: str,
         dtype: torch.dtype,
         needs: tuple[bool, ...],
-        sharding: Sharding,
+        group: str,
     ) -> None:
         super().__init__(inputs, options, linear, backend, dtype, needs)
-        self.sharding = sharding
-        self.group = collectives.group_of(sharding.group)
-        self.call = self._described()
-        if sharding.sizes:
-            split, self.known = Split(sharding.sizes, dist.get_rank(self.group), sharding.weights), True
-        else:
-            split, self.known = agreed_split(self.group, self.call)
-        self.widest = max(split.sizes)
-        self.split = split
-        self.shards = Shards(split, self.group, options, backend, gathers_weights=False)
+        self.device = inputs.hidden.device
+        self.result = torch.float64 if dtype == torch.float64 else torch.float32  # of the loss, and what is exchanged
+        self.group = collectives.group_of(group)
+        self.backend_name = backend
         self.agreed: Tensor | None = None  # () bool, where it is not looked at here
         self.weight_total: Tensor | None = None  # of the whole table, where it is needed
 
     def _prepare(self) -> None:
         with self._plain_arithmetic():
-            self.tokens, self.weight_total = self._whole_tokens()
+            call = self._described()
+            self.split, known = agree(self.group, call, self.tokens, self.options)
+            self.shards = Shards(self.split, self.group, self.options, self.backend_name, gathers_weights=False)
+            self.widest = max(self.split.sizes)
+            self._check_split(call, known)
+            self._take_weights()
 
     def _described(self) -> Call:
         weights = self.inputs.weights
@@ -106,34 +94,34 @@ class ShardedRun(Run):
             NAME,
             self.columns,
             None if weights is None else len(weights),
-            dtype_name(torch.float64 if self.dtype == torch.float64 else torch.float32),
+            dtype_name(self.result),
             self.options.label_smoothing > 0,
             str(more),
         )
 
-    def _whole_tokens(self) -> tuple[LossInputs, Tensor | None]:
-        """The tokens as every rank sees them, and the sum of all weights: from one exchange before any product."""
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        device = self.inputs.hidden.device
-        claim = torch.tensor(claims_of(self.split)[self.split.rank], dtype=dtype, device=device)
-        claims, _ = collectives.all_gather(claim, self.group)
-        if self.sharding.sizes:
-            pass
-        elif self.known and not validates(self.tokens.targets):
+    def _check_split(self, call: Call, known: bool) -> None:
+        """Whether all ranks take the same for the split, before they take chunks whose sizes follow from it."""
+        mine = claims_of(self.split)[self.split.rank]
+        claims, _ = collectives.all_gather(torch.tensor(mine, dtype=self.result, device=self.device), self.group)
+        if known and not validates(self.tokens.targets):
             self.agreed = (claims == claims.new_tensor(claims_of(self.split))).all()
         else:
             check_claims(claims.tolist(), self.split)
-            remember(self.group, self.call, self.split)
-        weights, total = self.tokens.weights, None
-        tokens = self.shards.inputs_of(self.tokens)
+            remember(self.group, call, self.split)
+
+    def _take_weights(self) -> None:
+        """What the weights say of each target, wherever the rank is that has its column, and the sum of all."""
+        weights = self.tokens.weights
+        row_weights = None
         if self.split.weights == SHARDED:
             assert weights is not None
-            own = self.shards.own_weights(weights, self.tokens.targets).to(dtype)  # (N,)
-            both = collectives.all_reduce(torch.cat([own, weights.sum(dtype=dtype)[None]]), self.group)
-            tokens, total = self.shards.inputs_of(self.tokens, both[:-1]), both[-1]
+            own = self.shards.own_weights(weights, self.tokens.targets).to(self.result)  # (N,)
+            total = weights.sum(dtype=self.result)[None]
+            both = collectives.all_reduce(torch.cat([own, total]), self.group)
+            row_weights, self.weight_total = both[:-1], both[-1]
         elif weights is not None and self.options.label_smoothing > 0:
-            total = weights.sum(dtype=dtype)
-        return tokens, total
+            self.weight_total = weights.sum(dtype=self.result)
+        self.tokens = self.shards.inputs_of(self.tokens, row_weights)
 
     def _denominators(self) -> tuple[Tensor, Tensor]:
         scalars, token_count = super()._denominators()

@@ -23,7 +23,7 @@ from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace
 from pdl_kernels.ops.row_groups import joined, split_names, sum_denominators, sum_statistics
 from pdl_kernels.ops.rows import as_operand, empty_gradient, inputs_as_rows, on_device
-from pdl_kernels.ops.shards import Shards
+from pdl_kernels.ops.shards import Shards, agree
 from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
 
 NAME = "pdl_cross_entropy(..., group=...)"
@@ -78,7 +78,8 @@ class _Call:
     def forward(self) -> tuple[LossOutputs, Shards, Tensor | None]:
         """The loss, what backward needs, and the weights of the targets."""
         inputs, options = self.inputs, self.options
-        shards, known = self.shards()
+        split, known = (self.split, True) if self.split is not None else self.agreed()
+        shards = Shards(split, self.group, options, self.backend)
         rows = shards.inputs_of(inputs_as_rows(inputs))
         exchanged = shards.start_exchange(rows).wait()
         if self.split is None:
@@ -101,10 +102,13 @@ class _Call:
         assert rows.shard is not None
         return LossOutputs(loss, found.state, scalars, token_count), shards, rows.shard.row_weights
 
-    def shards(self) -> tuple[Shards, bool]:
-        """This rank's part, and whether it is known how large the others' are."""
-        split, known = (self.split, True) if self.split is not None else agreed_split(self.group, self._described())
-        return Shards(split, self.group, self.options, self.backend), known
+    def agreed(self) -> tuple[Split, bool]:
+        return agree(self.group, self._described(), self.inputs, self.options)
+
+    def shards_again(self) -> Shards:
+        """What forward has found."""
+        split, _ = (self.split, True) if self.split is not None else agreed_split(self.group, self._described())
+        return Shards(split, self.group, self.options, self.backend)
 
     def _described(self) -> Call:
         logits, _, weights, *_ = self.inputs
@@ -241,7 +245,7 @@ def _backward(
     call = _call_of(inputs, settings)
     of_targets = None if weights is None else row_weights
     # Contiguous, as the fake implementation promises to the compiler.
-    return _gradient(call.shards()[0], inputs, of_targets, row_state, scalars, upstream, contiguous=True)
+    return _gradient(call.shards_again(), inputs, of_targets, row_state, scalars, upstream, contiguous=True)
 
 
 def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from pdl_kernels import backends
 from pdl_kernels.distributed import collectives
-from pdl_kernels.distributed.vocabulary import SHARDED, WHOLE, Split, check_claims, claims_of
+from pdl_kernels.distributed.equality import check_equal
+from pdl_kernels.distributed.vocabulary import (
+    SHARDED,
+    WHOLE,
+    Call,
+    Split,
+    agreed_split,
+    check_claims,
+    claims_of,
+    split_said_again,
+)
+from pdl_kernels.ops.cross_entropy import asked_to_validate
 from pdl_kernels.options import WEIGHT_TOTAL, LossInputs, LossOptions, RowOutputs, Shard, ShardLayout
 
 
@@ -136,6 +147,18 @@ class Shards:
         gathered, totals, _ = exchanged
         found: RowOutputs = self.module.merge_shards(inputs, options, scalars, self.layout, gathered, totals)
         return found
+
+
+def agree(group: dist.ProcessGroup, call: Call, inputs: LossInputs, options: LossOptions) -> tuple[Split, bool]:
+    """The split, and whether it is known before the ranks' first message.
+
+    With PDL_KERNELS_VALIDATE=1 the ranks first compare all that must be the same on them, at each call.
+    """
+    if not asked_to_validate():
+        return agreed_split(group, call)
+    same = {"targets": inputs.targets, "token_weights": inputs.token_weights, "options": options}
+    check_equal(call.loss, same, group)
+    return split_said_again(group, call), True
 
 
 def _weights_of(weights: Tensor, targets: Tensor) -> Tensor:

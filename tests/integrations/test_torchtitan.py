@@ -260,15 +260,6 @@ def test_what_is_refused_when_it_is_built(config, file):
         config(weights=file, label_smoothing=2.0).build(compile_config=CompileConfig())
 
 
-@pytest.mark.parametrize("weights", [True, False])
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_shard_of_the_vocabulary(route, weights, batch, file, monkeypatch):
-    """With "spmd_types" it looks as any other tensor, and without weights no length gives it away."""
-    monkeypatch.setattr(integration, "spmd_mesh_size", {"tp": 2}.__getitem__)
-    with pytest.raises(TypeError, match=r"one of 2 shards.*tensor_parallel_degree=1"):
-        step_of(build(route, batch[1], file if weights else ""), batch, torch.tensor(50))
-
-
 def test_output_layers_that_do_more(file):
     loss = PDLLinearCrossEntropyLoss.Config(weights=file).build(compile_config=CompileConfig())
     with pytest.raises(TypeError, match="is a SoftCappedLinear, which does more than a product"):
@@ -340,9 +331,15 @@ def test_in_a_compiled_step(route, batch, file):
 # In the Trainer
 
 NEW = hasattr(dist, "set_timeout")  # torch 2.14, which torchtitan 0.3 needs for much of what several processes do
-# With the default backend a process can have one Trainer alone.
-BACKEND, CALLS = ("spmd_types", [[route] for route in ROUTES]) if NEW else ("partial_dtensor", [ROUTES])
-several = pytest.mark.parametrize("losses", CALLS, ids=" ".join)
+BACKEND = "spmd_types" if NEW else "partial_dtensor"
+
+
+def calls_of(*losses):
+    """With the default backend a process can have one Trainer alone."""
+    return pytest.mark.parametrize("losses", [[loss] for loss in losses] if NEW else [losses], ids=" ".join)
+
+
+several = calls_of(*ROUTES)
 
 
 @pytest.mark.trainers
@@ -374,14 +371,26 @@ def test_trainer_with_pipeline_parallelism(losses, tmp_path):
 
 @pytest.mark.trainers
 @pytest.mark.skipif(not NEW, reason='the backend "spmd_types" of torchtitan 0.3, which it is for, needs torch 2.14')
+@pytest.mark.parametrize("kind", ["checked", "checked_tensor"])
 @several
-def test_trainer_that_checks_types(losses, tmp_path):
-    for said in run_ranks(2, RANKS, tmp_path, BACKEND, "checked", *losses):
+def test_trainer_that_checks_types(losses, kind, tmp_path):
+    for said in run_ranks(2, RANKS, tmp_path, BACKEND, kind, *losses):
         assert said.count("relative error of the gradient") == 2 * len(losses), said
 
 
 @pytest.mark.trainers
-@several
+@calls_of(*ROUTES, "shards")
 def test_trainer_with_tensor_parallelism(losses, tmp_path):
+    """A vocabulary that is sharded over two processes; "shards" are the losses alone, with every option."""
+    trained = len([name for name in losses if name != "shards"])
     for said in run_ranks(2, RANKS, tmp_path, BACKEND, "tensor", *losses):
-        assert len(re.findall("refused: .*tensor parallelism shards the vocabulary", said)) == len(losses), said
+        assert said.count("relative error of the gradient") == 2 * trained, said
+        assert said.count("in plain torch") == trained, said
+        assert said.count("all options of shards") == len(losses) - trained, said
+
+
+@pytest.mark.trainers
+def test_trainer_with_data_and_tensor_parallelism(tmp_path):
+    for said in run_ranks(4, RANKS, tmp_path, BACKEND, "tensor", "linear"):
+        assert said.count("relative error of the gradient") == 2, said
+        assert said.count("in plain torch") == 1, said

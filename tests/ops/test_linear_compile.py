@@ -184,8 +184,8 @@ def operator_arguments(problem, **changes):
         "token_weights": None, "seed": None, "normalizer": None, "ignore_index": -100, "reduction": "mean",
         "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "logit_scale": 1.0, "return_stats": False,
         "chunk_size": 2, "accumulate_dtype": torch.float32, "compact": None, "row_sampling": 0.0,
-        "sequence_parallel": False, "backend": "eager", "dtype": hidden.dtype, "group": "", "sizes": [],
-        "weights_of": "", "needs_hidden": True, "needs_weight": True, "needs_bias": True,
+        "sequence_parallel": False, "backend": "eager", "dtype": hidden.dtype, "group": "",
+        "needs_hidden": True, "needs_weight": True, "needs_bias": True,
     }  # fmt: skip
     unknown = changes.keys() - arguments.keys()
     assert not unknown

@@ -1,6 +1,8 @@
 """One of several processes that torchtitan's Trainer trains together, or the only one.
 
-    torchtitan_ranks.py FOLDER BACKEND data | pipeline | checked | tensor LOSS...
+    torchtitan_ranks.py FOLDER BACKEND data | pipeline | checked | checked_tensor | tensor LOSS...
+
+With tensor parallelism, one of these may be "shards", after the others: the losses without the Trainer.
 
 Every process holds gradients and logs of each step against one model with the whole batch in plain torch, and fails
 where they differ.
@@ -20,6 +22,7 @@ from helpers.torchtitan_on_cpu import make_config, make_trainer  # before anythi
 from torch.distributed.tensor import DTensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan_shards import check_shards
 
 from pdl_kernels import save_weights
 from pdl_kernels.integrations.torchtitan import PDLCrossEntropyLoss, PDLLinearCrossEntropyLoss
@@ -204,19 +207,27 @@ def pipeline(folder, backend, name, losses):
 
 def checked(folder, backend, name, losses):
     """Under debug.spmd_typechecking, which the stock validation does not pass."""
-    config = configure(folder, losses[name], backend)
+    train_checked(configure(folder, losses[name], backend), WORLD)
+
+
+def checked_tensor(folder, backend, name, losses):
+    train_checked(configure(folder, losses[name], backend, tensor_parallel_degree=2), WORLD // 2)
+
+
+def train_checked(config, data_parallel):
     config.debug.spmd_typechecking = True
     config.validator.enable = False
-    Watched(config, WORLD, 1e-5).train()
+    Watched(config, data_parallel, 1e-5).train()
 
 
 def tensor(folder, backend, name, losses):
-    trainer = make_trainer(configure(folder, losses[name], backend, tensor_parallel_degree=2))
-    try:
-        trainer.train()
-    except TypeError as error:
-        print(f"refused: {error}")
-    trainer.close()
+    """Each process has half of the output layer's rows; of four processes, each pair has data of its own."""
+    if name == "shards":
+        check_shards(folder)
+        return
+    config = configure(folder, losses[name], backend, tensor_parallel_degree=2)
+    config.parallelism.fsdp_reshard_after_forward = "always"  # for `whole_of`, and see `data`
+    Watched(config, WORLD // 2, 1e-5).train()
 
 
 if __name__ == "__main__":
@@ -225,6 +236,5 @@ if __name__ == "__main__":
     save_weights(file, W)  # each process writes the same
     for name in names:
         print(name)
-        kinds = {"data": data, "pipeline": pipeline, "checked": checked, "tensor": tensor}
-        kinds[kind](folder, backend, name, losses_of(file))
+        globals()[kind](folder, backend, name, losses_of(file))
     leave()
