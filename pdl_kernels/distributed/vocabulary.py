@@ -12,6 +12,7 @@ whether that fits together.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
@@ -56,6 +57,10 @@ class Call(NamedTuple):
     more: str = ""  # of the loss fused with the output projection
 
 
+ONE_SPLIT = (
+    "accepted is one split for a group, or several where every rank has the same number of columns: make a group of "
+    "its own for the other one, with torch.distributed.new_group"
+)
 FIELDS = {  # of a call, equal on all ranks
     "loss": "the loss",
     "dtype": "what numbers are exchanged in",
@@ -99,9 +104,16 @@ def split_said_again(group: dist.ProcessGroup, call: Call) -> Split:
     Raises:
         ValueError: on every rank, where they do not fit together.
     """
+    known = _known(group, call).get(call.columns)
     said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, tuple(call), group)
-    split = split_of([Call(*one) for one in said], dist.get_rank(group))
+    dist.all_gather_object(said, (tuple(call), known and known.sizes), group)
+    split = split_of([Call(*one) for one, _ in said], dist.get_rank(group))
+    before = [sizes for _, sizes in said if sizes is not None and sizes != split.sizes]
+    if before:
+        raise ValueError(
+            f"the ranks of the group hold {list(split.sizes)} columns of the logits, and held {list(before[0])} in an "
+            f"earlier call, of another output layer; {ONE_SPLIT}"
+        )
     remember(group, call, split)
     return split
 
@@ -132,9 +144,7 @@ def check_claims(claims: list[list[float]], split: Split) -> None:
         said = ", ".join(f"{int(first)} to {int(first + columns)} of {int(V)}" for columns, first, V in claims)
         raise ValueError(
             f"the ranks of the group hold {sizes} columns of the logits, and take them for columns {said}: an earlier "
-            "call with this group, of another output layer, split them otherwise; accepted is one split for a group, "
-            "or several where every rank has the same number of columns: make a group of its own for the other one, "
-            "with torch.distributed.new_group"
+            f"call with this group, of another output layer, split them otherwise; {ONE_SPLIT}"
         )
 
 
@@ -188,10 +198,13 @@ def _exchange(group: dist.ProcessGroup, mine: Call) -> list[Call]:
     default = distributed_c10d._get_default_store()
     default.set(f"pdl_kernels/group of {dist.get_rank()}", json.dumps(members))
     store.set(keys[rank], json.dumps(mine))
+    store.set(f"{keys[rank]} came", "")
     try:
         store.wait(keys)
     except RuntimeError as error:
-        missing = [member for member, key in zip(members, keys, strict=True) if not store.check([key])]
+        with suppress(RuntimeError):  # of stores that cannot
+            store.delete_key(keys[rank])  # whoever comes now must not take it for an answer
+        missing = [member for member, key in zip(members, keys, strict=True) if not store.check([f"{key} came"])]
         said = "; ".join(f"rank {member} {_whereabouts(default, member)}" for member in missing)
         raise RuntimeError(
             f"{mine.loss} with the group of ranks {members} waited for {_seconds(store)} s for ranks that do "
