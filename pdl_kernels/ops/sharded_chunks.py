@@ -17,13 +17,12 @@ from pdl_kernels.distributed.vocabulary import (
     SHARDED,
     Call,
     check_claims,
-    claims_of,
     dtype_name,
     remember,
 )
 from pdl_kernels.ops.chunks import Run, Sums, Waiting
 from pdl_kernels.ops.cross_entropy import validates
-from pdl_kernels.ops.shards import Exchange, Shards, agree
+from pdl_kernels.ops.shards import Exchange, Shards, agree, claims_on
 from pdl_kernels.options import (
     EXPECTED_UPSTREAM,
     WEIGHT_TOTAL,
@@ -101,10 +100,10 @@ class ShardedRun(Run):
 
     def _check_split(self, call: Call, known: bool) -> None:
         """Whether all ranks take the same for the split, before they take chunks whose sizes follow from it."""
-        mine = claims_of(self.split)[self.split.rank]
-        claims, _ = collectives.all_gather(torch.tensor(mine, dtype=self.result, device=self.device), self.group)
+        expected = claims_on(self.split, self.result, self.device)  # (R, 3)
+        claims, _ = collectives.all_gather(expected[self.split.rank], self.group)
         if known and not validates(self.tokens.targets):
-            self.agreed = (claims == claims.new_tensor(claims_of(self.split))).all()
+            self.agreed = (claims == expected).all()
         else:
             check_claims(claims.tolist(), self.split)
             remember(self.group, call, self.split)

@@ -97,7 +97,7 @@ class Shards:
         if self.layout.row_weights is not None:
             assert inputs.weights is not None
             found[self.layout.row_weights] = self.own_weights(inputs.weights, inputs.targets)
-        mine[F * N : F * N + 3] = _claims(self.split, dtype, mine.device)[self.split.rank]
+        mine[F * N : F * N + 3] = claims_on(self.split, dtype, mine.device)[self.split.rank]
         if smoothing:
             if inputs.weights is None:
                 mine[-1].fill_(self.split.size)
@@ -120,7 +120,7 @@ class Shards:
     def spoil_unless_agreed(self, exchanged: Exchanged) -> None:
         """The same without waiting: losses and gradients become nan."""
         claims = exchanged.claims
-        self.spoil(exchanged, (claims == _claims(self.split, claims.dtype, claims.device)).all())
+        self.spoil(exchanged, (claims == claims_on(self.split, claims.dtype, claims.device)).all())
 
     def spoil(self, exchanged: Exchanged, agreed: Tensor) -> None:
         """Make losses and gradients nan unless `agreed`, () bool."""
@@ -167,5 +167,6 @@ def _weights_of(weights: Tensor, targets: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _claims(split: Split, dtype: torch.dtype, device: torch.device) -> Tensor:
+def claims_on(split: Split, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(R, 3) `claims_of`, kept: a CUDA graph cannot record a copy from the host."""
     return torch.tensor(claims_of(split), dtype=dtype, device=device)
