@@ -80,6 +80,8 @@ def _of_kind(declared: Declared, value: Any) -> Any:
         return bool(value)
     if declared.name == "group":
         if not isinstance(value, ProcessGroup):
+            if value == dist.GroupMember.NON_GROUP_MEMBER:  # from torch.distributed.new_group
+                raise ValueError("group does not hold this process; accepted are groups that do")
             raise TypeError(f"group is a {type(value).__name__}; accepted is {declared.option.accepted}")
         return value
     if declared.kind in (str, torch.dtype):

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -192,7 +193,7 @@ def each_case(module):
 
 
 class Outcomes:
-    """What became of the cases. Each number of ranks is started once, whichever worker of pytest asks first."""
+    """What became of the cases. All of them run at once, when the first of pytest's workers asks."""
 
     def __init__(self, items, folder):
         params = [item.callspec.params for item in items if hasattr(item, "callspec")]
@@ -201,8 +202,9 @@ class Outcomes:
 
     def check(self, rank_case):
         """Fail with what the ranks say of a case, unless it went well on all."""
+        self._run_all()
         size, module, name = rank_case
-        folder = self._run(size, load(module).way)
+        folder = self._folder(size, load(module).way)
         wrong = []
         for rank in range(size):
             lines = map(json.loads, (folder / f"{rank}.jsonl").read_text().splitlines())
@@ -214,19 +216,28 @@ class Outcomes:
         if wrong:
             pytest.fail("\n".join([f"{name} with {size} ranks", *wrong]), pytrace=False)
 
-    def _run(self, size, way):
-        folder = self.folder / f"{size} ranks {way}"
-        folder.mkdir(exist_ok=True)
-        with (folder / "lock").open("w") as lock:
+    def _folder(self, size, way):
+        return self.folder / f"{size} ranks {way}"
+
+    def _run_all(self):
+        done = self.folder / "ranks are done"
+        with (self.folder / "ranks are running").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "said").exists():
-                here = [case for case in self.selected if case[0] == size and load(case[1]).way == way]
-                (folder / "cases.json").write_text(json.dumps([case[1:] for case in here]))
-                for rank in range(size):
-                    (folder / f"{rank}.jsonl").touch()
-                try:
-                    said = "\n".join(run_ranks(1, RUNNER, folder, way, size))
-                except AssertionError as error:
-                    said = str(error)
-                (folder / "said").write_text(said)
-        return folder
+            if not done.exists():
+                starts = dict.fromkeys((size, load(module).way) for size, module, _ in self.selected)
+                with ThreadPoolExecutor(len(starts)) as pool:  # they wait for each other, and for timeouts
+                    list(pool.map(self._run, *zip(*starts, strict=True)))
+                done.touch()
+
+    def _run(self, size, way):
+        folder = self._folder(size, way)
+        folder.mkdir()
+        here = [case for case in self.selected if case[0] == size and load(case[1]).way == way]
+        (folder / "cases.json").write_text(json.dumps([case[1:] for case in here]))
+        for rank in range(size):
+            (folder / f"{rank}.jsonl").touch()
+        try:
+            said = "\n".join(run_ranks(1, RUNNER, folder, way, size))
+        except AssertionError as error:
+            said = str(error)
+        (folder / "said").write_text(said)

@@ -236,3 +236,15 @@ def test_target_out_of_range_is_nan_on_a_gpu(inputs, monkeypatch):
     loss.sum().backward()
     assert leaf.grad[1, 2].isnan().all()
     assert leaf.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "words"),
+    [
+        (torch.distributed.GroupMember.NON_GROUP_MEMBER, ValueError, "does not hold this process"),
+        ("tp", TypeError, "group is a str"),
+    ],
+    ids=["of others", "a name"],
+)
+def test_what_is_no_group_of_this_process(group, error, words, inputs):
+    assert_error(error, lambda: pdl_cross_entropy(*inputs, group=group), "group", words)

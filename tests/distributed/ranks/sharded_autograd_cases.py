@@ -313,7 +313,8 @@ def memory_that_nobody_has_written(ranks):
     try:
         for options in ({}, everything(N), {"reduction": "none"}):
             for own_weights in (False, True):
-                check_split(ranks, LOGITS, TARGETS, WEIGHTS, own_weights=own_weights, **options)
+                for split in (SPLIT, (V, 0)):
+                    check_split(ranks, LOGITS, TARGETS, WEIGHTS, split=split, own_weights=own_weights, **options)
         problem = make_problem(N, V=V)._replace(targets=TARGETS)
         for options in ({"chunk_size": 4}, {"compact": False, "reduction": "none"}, {"sequence_parallel": True}):
             check_split_linear(ranks, problem, WEIGHTS, **options)

@@ -256,6 +256,8 @@ def large_common_offsets(ranks, dtype):
     logits = (make_logits(4, V) * 64).round() / 64  # so that adding the offset is exact
     plain = run_split(ranks, logits.to(dtype), targets, reduction="none")
     for offset in (1e4, -1e4):
+        # A rank without columns has no maximum that could hide those of the others.
+        check_split(ranks, (logits + offset).to(dtype), targets, split=(0, V), return_stats=True)
         moved = run_split(ranks, (logits + offset).to(dtype), targets, reduction="none")
         check_split(ranks, (logits + offset).to(dtype), targets, reduction="none")
         torch.testing.assert_close(moved.loss, plain.loss, rtol=1e-6, atol=1e-7)
