@@ -162,12 +162,15 @@ def what_is_no_group(ranks):
     mine = columns(UNEVEN[2], ranks.rank)
     outside = dist.GroupMember.NON_GROUP_MEMBER  # what dist.new_group returns where a rank is not in it
     problem = make_problem(4, V=V)
-    for group, kind in (("world", "str"), (0, "int"), ([0, 1], "list"), (mesh, "DeviceMesh"), (outside, "")):
+    for group, kind in (("world", "str"), (0, "int"), ([0, 1], "list"), (mesh, "DeviceMesh"), (outside, None)):
         for call in (
             lambda g=group: pdl_cross_entropy(LOGITS[:, mine], TARGETS, group=g),
             lambda g=group: pdl_linear_cross_entropy(problem.hidden, problem.lm_head_weight[mine], TARGETS, group=g),
         ):
-            assert_every_rank_raises(ranks, TypeError, call, f"group is a {kind}", "accepted is a ProcessGroup")
+            if kind is None:
+                assert_every_rank_raises(ranks, ValueError, call, "group does not hold this process")
+            else:
+                assert_every_rank_raises(ranks, TypeError, call, f"group is a {kind}", "accepted is a ProcessGroup")
 
 
 @cases(3)
