@@ -34,6 +34,7 @@ from tqdm import tqdm
 from triton import knobs
 
 from benchmarks import environment
+from benchmarks.arguments import at_least
 from benchmarks.candidates import MOST_CANDIDATES, ROWS, planned_work
 from benchmarks.inputs import DTYPES, VOCABULARIES, Case, make_inputs
 from benchmarks.peers.contender import named_error
@@ -230,8 +231,8 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m benchmarks.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bfloat16", "float32", "float16"])
-    parser.add_argument("--vocabularies", nargs="+", type=_at_least(2), default=list(VOCABULARIES))
-    parser.add_argument("--rows", nargs="+", type=_at_least(1), default=list(ROWS))
+    parser.add_argument("--vocabularies", nargs="+", type=at_least(2), default=list(VOCABULARIES))
+    parser.add_argument("--rows", nargs="+", type=at_least(1), default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=540.0, help="stop after so many (default: %(default)s)")
     parser.add_argument(
         "--candidate-seconds",
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--candidates",
-        type=_at_least(0),
+        type=at_least(0),
         default=MOST_CANDIDATES,
         help="of a shape, beside the planner's, the best by benchmarks.ranking (default: %(default)s)",
     )
@@ -283,16 +284,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"first launches took {document['compile_seconds']:.1f} s"
     )
     return status
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: at least {least} is accepted")
-        return value
-
-    return integer
 
 
 def _problem(chosen: argparse.Namespace) -> str | None:

@@ -5,13 +5,14 @@ python -m benchmarks.scaling [--tokens N] [--json FILE] [--plot FILE.png] [--wri
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import at_least
 from benchmarks.environment import ROOT
 from benchmarks.results import write_record
 from benchmarks.scaling import gloo
@@ -64,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=_at_least(1), default=TOKENS, help="default: %(default)s")
-    parser.add_argument("--hidden-size", type=_at_least(1), default=HIDDEN_SIZE, help="default: %(default)s")
+    parser.add_argument("--tokens", type=at_least(1), default=TOKENS, help="default: %(default)s")
+    parser.add_argument("--hidden-size", type=at_least(1), default=HIDDEN_SIZE, help="default: %(default)s")
     parser.add_argument(
         "--ranks", type=int, nargs="+", choices=RANKS, default=(1, 8, 64, 1024), metavar="R",
         help="powers of two up to 1024, to print; all are recorded (default: 1 8 64 1024)",
@@ -96,16 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.plot:
         write_plot(record, chosen.plot)
     return 0
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text}: at least {least} is accepted")
-        return value
-
-    return integer
 
 
 if __name__ == "__main__":

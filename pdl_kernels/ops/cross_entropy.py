@@ -217,9 +217,7 @@ def asked_to_validate() -> bool:
 
 def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise IndexError for a target that is neither a class nor `ignore_index`, where `validates` says so."""
-    if not validates(targets):
-        return
-    if targets.numel() == 0:
+    if not validates(targets) or targets.numel() == 0:
         return
     lowest, highest = torch.aminmax(targets)
     if lowest >= 0 and highest < vocab_size:
@@ -259,8 +257,13 @@ def _forward(
 
 def _fake_forward(logits: Tensor, targets: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, _, *options, _, _ = arguments
+    return empty_outputs(logits, targets, LossOptions(*options))
+
+
+def empty_outputs(logits: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, row state, scalars and token count without numbers."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    per_row = LossOptions(*options).reduction == "none"
+    per_row = options.reduction == "none"
     return (
         targets.new_empty(targets.shape if per_row else (), dtype=dtype),
         targets.new_empty((2, targets.numel()), dtype=dtype),
@@ -285,7 +288,7 @@ def _backward(
     return _run_backward(LossInputs(logits, targets, weights, token_weights), kept, upstream, contiguous=True)
 
 
-def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
+def fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
@@ -298,7 +301,7 @@ _backward_operator = torch.library.custom_op(
     schema=f"(Tensor upstream, {_TENSORS}, Tensor row_state, Tensor scalars, {_SETTINGS}) -> Tensor",
 )  # fmt: skip
 _forward_operator.register_fake(_fake_forward)
-_backward_operator.register_fake(_fake_backward)
+_backward_operator.register_fake(fake_backward)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 from pdl_kernels import backends
 from pdl_kernels.distributed.collectives import group_of, name_of
 from pdl_kernels.distributed.vocabulary import Call, Split, agreed_split, dtype_name, remember
-from pdl_kernels.ops.cross_entropy import check_targets, validates
+from pdl_kernels.ops.cross_entropy import check_targets, empty_outputs, fake_backward, validates
 from pdl_kernels.ops.gradients import RefuseDoubleBackward, no_gradients, refuse
 from pdl_kernels.ops.inplace import refuse_inplace
 from pdl_kernels.ops.row_groups import joined, split_names, sum_denominators, sum_statistics
 from pdl_kernels.ops.rows import as_operand, empty_gradient, inputs_as_rows, on_device
 from pdl_kernels.ops.shards import Shards, agree
-from pdl_kernels.options import DECLARED, SCALARS, LossInputs, LossOptions, LossOutputs
+from pdl_kernels.options import DECLARED, LossInputs, LossOptions, LossOutputs
 
 NAME = "pdl_cross_entropy(..., group=...)"
 
@@ -209,8 +209,7 @@ def _forward(
     inputs = LossInputs(logits, targets, weights, token_weights, normalizer, row_groups=split_names(row_groups))
     call = _call_of(inputs, rest)
     (loss, row_state, scalars, token_count), _, row_weights = call.forward()
-    if token_count is None:
-        token_count = targets.new_zeros((), dtype=torch.int64)
+    assert token_count is not None
     row_weights = scalars.new_empty(0) if row_weights is None else row_weights.to(scalars.dtype)
     return loss, row_state, scalars, token_count, row_weights
 
@@ -219,15 +218,9 @@ def _fake_forward(
     logits: Tensor, targets: Tensor, weights: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, _, *options, _, _, _, _, _ = arguments
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    per_row = LossOptions(*options).reduction == "none"
-    return (
-        targets.new_empty(targets.shape if per_row else (), dtype=dtype),
-        targets.new_empty((2, targets.numel()), dtype=dtype),
-        targets.new_empty((len(SCALARS),), dtype=dtype),
-        targets.new_empty((), dtype=torch.int64),
-        targets.new_empty((0 if weights is None else targets.numel(),), dtype=dtype),
-    )
+    outputs = empty_outputs(logits, targets, LossOptions(*options))
+    _, _, scalars, _ = outputs
+    return *outputs, scalars.new_empty((0 if weights is None else targets.numel(),))
 
 
 def _backward(
@@ -248,10 +241,6 @@ def _backward(
     return _gradient(call.shards_again(), inputs, of_targets, row_state, scalars, upstream, contiguous=True)
 
 
-def _fake_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
 _forward_operator = torch.library.custom_op(
     "pdl_kernels::sharded_cross_entropy", _forward, mutates_args=(),
     schema=f"({_TENSORS}, Tensor? normalizer, {_SETTINGS}, str row_groups) -> ({', '.join(['Tensor'] * 5)})",
@@ -262,7 +251,7 @@ _backward_operator = torch.library.custom_op(
     "-> Tensor",
 )  # fmt: skip
 _forward_operator.register_fake(_fake_forward)
-_backward_operator.register_fake(_fake_backward)
+_backward_operator.register_fake(fake_backward)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
